@@ -1,0 +1,403 @@
+"""From a pretraining checkpoint to backbone weights for R50-C4, proven equal before written.
+
+Kept: the query encoder without `fc` (facebookresearch/moco,
+detection/convert-pretrain-to-detectron2.py). Every tensor of the source is either mapped or
+dropped under a reported name; the mapped ones must give, inside the detection trunk, the features
+that the source network gives.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from detection.config import get_defaults
+from detection.engines.embedded.resnet_c4 import feature_trunk
+from detection.keymap import (
+    ALLOWED_ARCHS,
+    BLOCKS,
+    ResNetShape,
+    is_batch_counter,
+    read_shape,
+    to_detectron2,
+)
+from detection.safe_pickle import write_pickled_arrays
+from moco.errors import CheckpointError
+from moco.seeding import torch_generator
+from moco.training.checkpoint import (
+    latest_verified,
+    manifest_path,
+    read_torch_file,
+    sha256_of,
+    verify_manifest,
+    write_atomic,
+    write_json_atomic,
+)
+
+AUTHOR = "MoCo"  # any but "Caffe2", which makes Detectron2 rename the tensors
+SELF_CHECK_SIZE = (101, 139)  # no multiples of 32: strides and paddings show
+SELF_CHECK_TOLERANCE = 1e-5
+# Normalisation of 0-255 pixels by the ImageNet statistics, RGB.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+_GROUPS_BESIDE_ENCODER = {"encoder_k.": "key encoder", "queue_ptr": "queue_ptr", "queue": "queue"}
+
+
+class Layout(NamedTuple):
+    """Kind of a state dict ("moco" or "torchvision") and what its backbone's names start with."""
+
+    name: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted state: `model` has Detectron2's names, `names` maps source names to them."""
+
+    layout: Layout
+    shape: ResNetShape
+    source: dict[str, torch.Tensor]  # torchvision's names, float32
+    model: dict[str, torch.Tensor]
+    names: dict[str, str]
+    dropped: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert_checkpoint` did; `refused` are newer checkpoints of a run it passed over."""
+
+    source: Path
+    out: Path
+    layout: Layout
+    shape: ResNetShape
+    names: dict[str, str]
+    dropped: dict[str, list[str]]
+    self_check: dict[str, float]
+    source_sha256: str
+    out_sha256: str
+    yaml_lines: list[str]
+    refused: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def convert_checkpoint(
+    source_path: str | os.PathLike, out_path: str | os.PathLike
+) -> ConversionReport:
+    """Convert a checkpoint file, or a run folder's newest verified one, and write the weights.
+
+    Writes `out_path`, which is a `.pth` of tensors or a `.pkl` of numpy arrays, and
+    `<out_path>.conversion.json`. Both replace what was there, atomically.
+    Raises: CheckpointError for a source that is missing, damaged or of another network, for
+        non-finite weights, another suffix, or a failed self-check. Nothing is written then.
+    """
+    out = Path(out_path)
+    if out.suffix not in (".pth", ".pkl"):
+        raise CheckpointError(
+            f"{out}: the output's suffix is {out.suffix!r}; allowed: .pth (tensors), .pkl (numpy)"
+        )
+    source, refused = _find_source(Path(source_path))
+    if out.exists() and out.samefile(source):
+        raise CheckpointError(f"{out}: is the source itself; give another output file")
+    content = read_torch_file(source)
+    converted = convert_state(content, where=str(source))
+    report = ConversionReport(
+        source=source,
+        out=out,
+        layout=converted.layout,
+        shape=converted.shape,
+        names=converted.names,
+        dropped=converted.dropped,
+        self_check=self_check(converted.source, converted.model, converted.shape, str(source)),
+        source_sha256=sha256_of(source),
+        out_sha256=_write_weights(out, converted.model),
+        yaml_lines=yaml_lines(converted.shape, *_pixel_statistics(content, str(source))),
+        refused=refused,
+    )
+    write_json_atomic(_report_path(out), _as_json(report))
+    return report
+
+
+def identify_layout(content: object, where: str = "checkpoint") -> Layout:
+    """The layout of a checkpoint or of the state dict in it.
+
+    Raises: CheckpointError, naming the first keys, for anything but a MoCo checkpoint
+        (`module.encoder_q.*` or `encoder_q.*`) and torchvision's ResNet names.
+    """
+    state = _state_dict(content, where)
+    for layout in (
+        Layout("moco", "module.encoder_q."),
+        Layout("moco", "encoder_q."),
+        Layout("torchvision", "module."),
+        Layout("torchvision", ""),
+    ):
+        if f"{layout.prefix}conv1.weight" in state:
+            return layout
+    first = ", ".join(map(repr, list(state)[:3])) or "none"
+    if "stem.conv1.weight" in state:
+        raise CheckpointError(f"{where}: is converted already (keys {first}); load it as it is")
+    raise CheckpointError(
+        f"{where}: unknown layout, first keys: {first}; allowed: a MoCo checkpoint "
+        f"('module.encoder_q.conv1.weight', ...) or torchvision's names ('conv1.weight', ...) of "
+        f"{ALLOWED_ARCHS}"
+    )
+
+
+def convert_state(content: object, where: str = "checkpoint") -> Converted:
+    """Split and rename the tensors of a checkpoint (or bare state dict); touches no file.
+
+    Raises: CheckpointError where a tensor is neither mapped nor known to be dropped, is not
+        finite, or where the network is none that R50-C4 can hold.
+    """
+    layout = identify_layout(content, where)
+    encoder: dict[str, torch.Tensor] = {}
+    dropped: dict[str, list[str]] = {}
+    for name, value in _state_dict(content, where).items():
+        group = _dropped_group(name, layout)
+        if group is not None:
+            dropped.setdefault(group, []).append(name)
+        elif not name.startswith(layout.prefix):
+            raise CheckpointError(
+                f"{where}: {name!r} is neither part of the query encoder nor known to be left "
+                "out; allowed beside it: encoder_k.*, queue, queue_ptr; convert another checkpoint"
+            )
+        elif not torch.is_tensor(value) or not value.is_floating_point():
+            raise CheckpointError(f"{where}: {name!r} is no tensor of floats; the file is damaged")
+        else:
+            encoder[name.removeprefix(layout.prefix)] = value
+    shape = read_shape(encoder, where)
+    _check_arch(content, shape, where)
+    source = {
+        name: encoder[name].detach().float().clone(memory_format=torch.contiguous_format)
+        for name in shape.tensor_shapes()
+    }
+    for name, tensor in source.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{where}: {layout.prefix + name!r} holds NaN or Inf; use an earlier checkpoint"
+            )
+    return Converted(
+        layout=layout,
+        shape=shape,
+        source=source,
+        model={to_detectron2(name): tensor for name, tensor in source.items()},
+        names={layout.prefix + name: to_detectron2(name) for name in source},
+        dropped=dropped,
+    )
+
+
+def self_check(
+    source: Mapping[str, torch.Tensor],
+    model: Mapping[str, torch.Tensor],
+    shape: ResNetShape,
+    where: str = "checkpoint",
+) -> dict[str, float]:
+    """Compare the features of the detection trunk with those of the source network.
+
+    Args:
+        source: torchvision names; run by a functional forward pass, no model class.
+        model: Detectron2's names; loaded strictly into the embedded engine's trunk.
+    Returns: the largest absolute difference over res2..res5 of a random image, and the largest
+        one relative to the largest feature of its stage.
+    Raises: CheckpointError where the latter exceeds `SELF_CHECK_TOLERANCE`.
+    """
+    generator = torch_generator(0, "converter-self-check")
+    image = torch.randn(1, 3, *SELF_CHECK_SIZE, generator=generator)
+    with torch.no_grad():
+        wanted = torchvision_features(source, image, shape.depth)
+        given = _build_trunk(model, shape)(image)
+    absolute, relative = 0.0, 0.0
+    for stage, features in wanted.items():
+        scale = features.abs().max().item()
+        # NaN compares as false: asked this way round, it is refused too.
+        if not 0 < scale < float("inf"):
+            raise CheckpointError(
+                f"{where}: on a random image the features of {stage} are all zero or not finite "
+                f"(largest: {scale}); such a network transfers nothing; use another checkpoint"
+            )
+        difference = (given[stage] - features).abs().max().item()
+        if not difference <= SELF_CHECK_TOLERANCE * scale:
+            raise CheckpointError(
+                f"{where}: self-check failed, the converted {stage} differs by {difference:.3g} "
+                f"from the source's (largest feature {scale:.3g}, allowed: "
+                f"{SELF_CHECK_TOLERANCE:g} of it); nothing was written; report this as a bug"
+            )
+        absolute, relative = max(absolute, difference), max(relative, difference / scale)
+    return {"max_absolute_difference": absolute, "max_relative_difference": relative}
+
+
+def torchvision_features(
+    state: Mapping[str, torch.Tensor], image_BCHW: torch.Tensor, depth: int
+) -> dict[str, torch.Tensor]:
+    """Outputs of layer1..layer4 of torchvision's ResNet in eval mode, as res2..res5.
+
+    Source: He et al. 2016, table 1, with the stride in the 3x3 convolution as torchvision has it.
+    """
+
+    def conv_bn(x, conv: str, bn: str, stride: int = 1):
+        weight = state[f"{conv}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        entries = (state[f"{bn}.{e}"] for e in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *entries, training=False, eps=1e-5)
+
+    x = F.relu(conv_bn(image_BCHW, "conv1", "bn1", stride=2))
+    x = F.max_pool2d(x, 3, stride=2, padding=1)
+    features = {}
+    for stage, num_blocks in enumerate(BLOCKS[depth], start=1):
+        for block in range(num_blocks):
+            at = f"layer{stage}.{block}."
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = F.relu(conv_bn(x, f"{at}conv1", f"{at}bn1"))
+            y = F.relu(conv_bn(y, f"{at}conv2", f"{at}bn2", stride))
+            y = conv_bn(y, f"{at}conv3", f"{at}bn3")
+            if block == 0:
+                x = conv_bn(x, f"{at}downsample.0", f"{at}downsample.1", stride)
+            x = F.relu(x + y)
+        features[f"res{stage + 1}"] = x
+    return features
+
+
+def yaml_lines(
+    shape: ResNetShape, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]
+) -> list[str]:
+    """The lines a Detectron2 config needs for weights of this shape; widths only if not default."""
+    lines = [
+        "INPUT:",
+        '  FORMAT: "RGB"',
+        "MODEL:",
+        f"  PIXEL_MEAN: {list(pixel_mean)}",
+        f"  PIXEL_STD: {list(pixel_std)}",
+        "  RESNETS:",
+        "    STRIDE_IN_1X1: False",
+    ]
+    default = ResNetShape()
+    for name in ("depth", "stem_out_channels", "res2_out_channels", "width_per_group"):
+        if getattr(shape, name) != getattr(default, name):
+            lines.append(f"    {name.upper()}: {getattr(shape, name)}")
+    return lines
+
+
+def _find_source(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    if path.is_dir():
+        newest, _, refused = latest_verified(path)
+        if newest is None:
+            reasons = "; ".join(reason for _, reason in refused[:3])
+            raise CheckpointError(
+                f"{path}: this folder holds no verified checkpoint_*.pth.tar"
+                + (f" ({reasons})" if reasons else "")
+                + "; give a run folder or a checkpoint file"
+            )
+        return newest, refused
+    if manifest_path(path).exists():
+        verify_manifest(path)
+    return path, []
+
+
+def _state_dict(content: object, where: str) -> Mapping[str, object]:
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(
+            f"{where}: holds no dict of named tensors; give a checkpoint of tools/pretrain.py"
+        )
+    return content
+
+
+def _dropped_group(name: str, layout: Layout) -> str | None:
+    if layout.name == "moco":
+        beside = name.removeprefix(layout.prefix.removesuffix("encoder_q."))
+        for start, group in _GROUPS_BESIDE_ENCODER.items():
+            if beside == start or (start.endswith(".") and beside.startswith(start)):
+                return group
+    inner = name.removeprefix(layout.prefix)
+    if name.startswith(layout.prefix) and inner.startswith("fc."):
+        return "fc"
+    if name.startswith(layout.prefix) and is_batch_counter(inner):
+        return "num_batches_tracked"
+    return None
+
+
+def _check_arch(content: object, shape: ResNetShape, where: str) -> None:
+    arch = content.get("arch") if isinstance(content, Mapping) else None
+    if arch in [f"resnet{depth}" for depth in BLOCKS] and arch != shape.arch:
+        raise CheckpointError(
+            f"{where}: its 'arch' says {arch}, its tensors are a {shape.arch}'s; the file is damaged"
+        )
+
+
+def _pixel_statistics(content: object, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of 0-255 pixels in pretraining: from its config, else ImageNet's."""
+    extra = content.get("extra") if isinstance(content, Mapping) else None
+    if not isinstance(extra, Mapping) or "config" not in extra:
+        return IMAGENET_MEAN, IMAGENET_STD  # the reference and torchvision have no other
+    try:
+        data = extra["config"]["DATA"]
+        mean, std = (tuple(round(255 * v, 4) for v in data[key]) for key in ("MEAN", "STD"))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: its config has no usable DATA.MEAN and DATA.STD ({error!r}); "
+            "give a checkpoint of tools/pretrain.py"
+        ) from error
+    return mean, std
+
+
+def _build_trunk(model: Mapping[str, torch.Tensor], shape: ResNetShape) -> torch.nn.Module:
+    cfg = get_defaults()
+    options = cfg.MODEL.RESNETS
+    options.NORM, options.STRIDE_IN_1X1 = "BN", False
+    options.DEPTH, options.WIDTH_PER_GROUP = shape.depth, shape.width_per_group
+    options.STEM_OUT_CHANNELS = shape.stem_out_channels
+    options.RES2_OUT_CHANNELS = shape.res2_out_channels
+    with torch.device("meta"):  # no memory, and no random numbers drawn
+        trunk = feature_trunk(cfg)
+    counters = {n: torch.tensor(0) for n in trunk.state_dict() if n.endswith("num_batches_tracked")}
+    trunk.load_state_dict({**model, **counters}, strict=True, assign=True)
+    return trunk.eval()
+
+
+def _write_weights(out: Path, model: dict[str, torch.Tensor]) -> str:
+    """Write the weights file. Returns: its SHA-256."""
+    _report_path(out).unlink(missing_ok=True)  # an old report must not describe new weights
+    fields = {"__author__": AUTHOR, "matching_heuristics": True}
+    if out.suffix == ".pth":
+        write_atomic(out, lambda file: torch.save({"model": model, **fields}, file))
+    else:
+        arrays = {name: tensor.numpy() for name, tensor in model.items()}
+        write_atomic(out, lambda file: write_pickled_arrays(file, {"model": arrays, **fields}))
+    return sha256_of(out)
+
+
+def _report_path(out: Path) -> Path:
+    return Path(f"{out}.conversion.json")
+
+
+def _as_json(report: ConversionReport) -> dict:
+    return {
+        "source": report.source.name,
+        "source_sha256": report.source_sha256,
+        "output": report.out.name,
+        "output_sha256": report.out_sha256,
+        "layout": report.layout._asdict(),
+        "arch": report.shape.arch,
+        "stem_out_channels": report.shape.stem_out_channels,
+        "res2_out_channels": report.shape.res2_out_channels,
+        "width_per_group": report.shape.width_per_group,
+        "num_mapped": len(report.names),
+        "num_dropped": sum(map(len, report.dropped.values())),
+        "mapped": report.names,
+        "dropped": report.dropped,
+        "self_check": {**report.self_check, "image_size": list(SELF_CHECK_SIZE)},
+        "yaml": report.yaml_lines,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }

@@ -1,0 +1,292 @@
+"""The training stream and the test samples of a detector.
+
+The stream is Detectron2's in form: an endless row of permutations of the training images, cut
+into batches of images that are all wide or all tall, incomplete batches carried on. It differs
+in its draws. Detectron2 keeps state in samplers and workers, so there the stream depends on the
+number of workers and starts anew on resume. Here every draw is a function of (seed, purpose,
+position), so any iteration can be started at and neither workers nor ranks change a pixel.
+A mode that replays Detectron2's own stream can be added beside `global_batches`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import signal
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from detection.data.transforms import (
+    flip_image,
+    nonempty_boxes,
+    read_image,
+    resize_image,
+    shortest_edge_shape,
+    transform_boxes,
+)
+from moco.cfgnode import CfgNode
+from moco.errors import ConfigError, DataError
+from moco.seeding import derive_seed, python_random, torch_generator
+
+# (position in the stream, index of the record)
+Draw = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training image is drawn: INPUT.MIN_SIZE_TRAIN and its kin, in pixels."""
+
+    short_edges: tuple[int, ...]
+    sampling: str
+    max_size: int
+    flip: str
+    channel_format: str
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Augmentation:
+        """Raises: ConfigError for a sampling or flip that is not implemented."""
+        edges, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        edges = (edges,) if isinstance(edges, int) else tuple(edges)
+        if sampling not in ("choice", "range"):
+            raise ConfigError(
+                f"INPUT.MIN_SIZE_TRAIN_SAMPLING: {sampling!r} is given; allowed: choice, range"
+            )
+        if not edges or (sampling == "range" and len(edges) != 2):
+            needed = "a smallest and a largest size" if sampling == "range" else "at least one size"
+            raise ConfigError(f"INPUT.MIN_SIZE_TRAIN: {edges} is given; {needed} is needed")
+        if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
+            raise ConfigError(
+                f"INPUT.RANDOM_FLIP: {cfg.INPUT.RANDOM_FLIP!r} is given; "
+                "allowed: horizontal, none"
+            )
+        return cls(
+            edges, sampling, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP, cfg.INPUT.FORMAT
+        )
+
+    def draw(self, seed: int, position: int) -> tuple[int, bool]:
+        """(short edge in pixels, whether to flip) of the sample at this stream position."""
+        random = python_random(seed, "detection-augment", position)
+        if self.sampling == "choice":
+            short_edge = random.choice(self.short_edges)
+        else:
+            short_edge = random.randint(*self.short_edges)
+        return short_edge, random.random() < 0.5 and self.flip == "horizontal"
+
+
+def filter_empty(records: Sequence[dict]) -> list[dict]:
+    """The records that have at least one box (DATALOADER.FILTER_EMPTY_ANNOTATIONS)."""
+    return [record for record in records if record["annotations"]]
+
+
+def image_order(num_images: int, seed: int) -> Iterator[Draw]:
+    """The endless stream of (position, record index): one permutation after another."""
+    for number in itertools.count():
+        generator = torch_generator(seed, "detection-order", number)
+        order = torch.randperm(num_images, generator=generator).tolist()
+        yield from enumerate(order, start=number * num_images)
+
+
+def global_batches(
+    stream: Iterable[Draw], is_wide: Sequence[bool] | None, batch_size: int
+) -> Iterator[list[Draw]]:
+    """Cut the stream into batches of all ranks together.
+
+    Args:
+        is_wide: for each record whether width > height, to batch wide and tall images apart;
+            None batches in stream order.
+    """
+    buckets: tuple[list[Draw], list[Draw]] = ([], [])
+    for draw in stream:
+        bucket = buckets[is_wide is not None and is_wide[draw[1]]]
+        bucket.append(draw)
+        if len(bucket) == batch_size:
+            yield bucket[:]
+            bucket.clear()
+
+
+def load_train_sample(record: dict, augmentation: Augmentation, seed: int, position: int) -> dict:
+    """The training sample of one record at one stream position (form: see `train_loader`)."""
+    image = _read_checked(record, augmentation.channel_format)
+    short_edge, flip = augmentation.draw(seed, position)
+    old_shape = image.shape[:2]
+    new_shape = shortest_edge_shape(*old_shape, short_edge, augmentation.max_size)
+    image = resize_image(image, *new_shape)
+    annotations = record["annotations"]
+    bboxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    boxes = transform_boxes(bboxes, old_shape, new_shape, flip)
+    classes = np.array([a["category_id"] for a in annotations], dtype=np.int64)
+    kept = nonempty_boxes(boxes)
+    return {
+        **_sample(record, flip_image(image) if flip else image),
+        "gt_boxes": torch.from_numpy(boxes[kept]),
+        "gt_classes": torch.from_numpy(classes[kept]),
+    }
+
+
+def test_samples(records: Iterable[dict], cfg: CfgNode) -> Iterator[dict]:
+    """The test images in order, resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
+
+    Yields: dicts as `train_loader`'s, without gt_boxes and gt_classes.
+    Raises: DataError for an image that cannot be read.
+    """
+    for record in records:
+        image = _read_checked(record, cfg.INPUT.FORMAT)
+        shape = shortest_edge_shape(
+            *image.shape[:2], cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        )
+        yield _sample(record, resize_image(image, *shape))
+
+
+test_samples.__test__ = False  # its name is in the contract; pytest must not collect it
+
+
+def train_loader(
+    records: Sequence[dict],
+    cfg: CfgNode,
+    *,
+    seed: int,
+    start_iteration: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+) -> TrainLoader:
+    """The endless training batches of one rank, from `start_iteration` (0-based) on.
+
+    A batch of SOLVER.IMS_PER_BATCH images is formed for all ranks together; rank r gets its
+    r-th part, so the number of ranks changes no batch, and the number of workers no pixel.
+
+    Returns: an iterator of lists of IMS_PER_BATCH / world_size dicts:
+        "image" uint8 [3, H, W] in INPUT.FORMAT order, "height" and "width" of the original,
+        "image_id", "file_name", "gt_boxes" float32 [N, 4], "gt_classes" int64 [N].
+    Raises:
+        ConfigError: the batch does not divide among the ranks, or an input key is out of range.
+        DataError: no image with a box is left, or (while iterating) an image cannot be read.
+    """
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH: {batch_size} images do not divide among {world_size} "
+            f"processes; give a multiple of {world_size}"
+        )
+    kept = filter_empty(records) if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else list(records)
+    if not kept:
+        raise DataError(
+            f"training data: none of its {len(records)} images has a box; "
+            "images with annotated objects are needed"
+        )
+    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    is_wide = [record["width"] > record["height"] for record in kept] if grouped else None
+    batches = global_batches(image_order(len(kept), seed), is_wide, batch_size)
+    share = batch_size // world_size
+    own = slice(rank * share, (rank + 1) * share)
+    loader = torch.utils.data.DataLoader(
+        _TrainDataset(kept, Augmentation.from_config(cfg), seed),
+        batch_sampler=_OwnShares(batches, start_iteration, own),
+        num_workers=num_workers,
+        collate_fn=_as_list,
+        worker_init_fn=_init_worker,
+        # Without a generator of its own the loader would draw from torch's global one.
+        generator=torch.Generator().manual_seed(derive_seed(seed, "detection-workers")),
+    )
+    return TrainLoader(loader, num_filtered=len(records) - len(kept))
+
+
+class TrainLoader:
+    """An endless iterator of batches; `num_filtered` images without boxes were left out."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, num_filtered: int) -> None:
+        self.num_filtered = num_filtered
+        self._batches = iter(loader)
+        # Workers ignore SIGTERM, which is how Python ends them at exit, so they are ended before.
+        atexit.register(_close, weakref.ref(self))
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> list[dict]:
+        if self._batches is None:
+            raise StopIteration
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"training data: a worker process died ({' '.join(str(error).split())}); give more "
+                "memory or shared memory (docker: --shm-size), or set DATALOADER.NUM_WORKERS 0"
+            ) from error
+        for sample in batch:
+            if isinstance(sample, DataError):
+                raise sample
+        return batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._batches = None
+
+
+def _close(reference: weakref.ref[TrainLoader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
+
+
+class _OwnShares:
+    """Batch sampler: this rank's part of each global batch, from one iteration on."""
+
+    def __init__(self, batches: Iterator[list[Draw]], start: int, own: slice) -> None:
+        self._batches, self._start, self._own = batches, start, own
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        # Skipping draws indices only; no image is read.
+        for batch in itertools.islice(self._batches, self._start, None):
+            yield batch[self._own]
+
+
+class _TrainDataset(torch.utils.data.Dataset):
+    def __init__(self, records: list[dict], augmentation: Augmentation, seed: int) -> None:
+        self._records, self._augmentation, self._seed = records, augmentation, seed
+
+    def __getitem__(self, draw: Draw) -> dict | DataError:
+        position, index = draw
+        try:
+            return load_train_sample(
+                self._records[index], self._augmentation, self._seed, position
+            )
+        except DataError as error:
+            # As a value, since torch would wrap a raised one in the worker's whole traceback.
+            return DataError(str(error))
+
+
+def _as_list(samples: list) -> list:
+    return samples
+
+
+def _init_worker(worker_id: int) -> None:
+    torch.set_num_threads(1)
+    # A signal to the process group is for the main process, which still needs its batches to
+    # finish the step and write a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _read_checked(record: dict, channel_format: str) -> np.ndarray:
+    image = read_image(record["file_name"], channel_format)
+    height, width = image.shape[:2]
+    if (height, width) != (record["height"], record["width"]):
+        raise DataError(
+            f"{record['file_name']}: the image is {width} x {height}, its record says "
+            f"{record['width']} x {record['height']}; it changed after the check, start again"
+        )
+    return image
+
+
+def _sample(record: dict, image_HWC: np.ndarray) -> dict:
+    return {
+        "image": torch.from_numpy(np.array(image_HWC.transpose(2, 0, 1), order="C")),
+        **{name: record[name] for name in ("height", "width", "image_id", "file_name")},
+    }

@@ -1,0 +1,278 @@
+"""Reading one VOC annotation or split file, with every problem found counted or listed.
+
+What is harmless is repaired and counted by kind in `VocReport.repairs`. What is not is listed
+in `VocReport.problems`, each as `file: field: given; allowed`, and stops the run later.
+Coordinates in the files are 1-based and inclusive, so xmin = xmax is a box one pixel wide.
+"""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from detection.data.transforms import exif_orientation
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+FLOAT_COORDINATE = "float coordinate: kept in training, cut to an integer in evaluation"
+CLIPPED_BOX = "box reaching out of its image: clipped"
+ONE_PIXEL_BOX = "box one pixel wide or high: kept"
+SIZE_FROM_IMAGE = "<size> missing or zero: read from the image"
+DUPLICATE_ID = "image id repeated in its split: kept once"
+SHARED_IMAGE = "image in both the training and the test data: kept in both"
+
+
+def missing_tag(name: str) -> str:
+    """The kind under which an absent <difficult>, <pose> or <truncated> is counted."""
+    return f"<{name}> missing: read as 0"
+
+
+@dataclass
+class VocReport:
+    """What a check of VOC-format data found.
+
+    Attributes:
+        repairs: kind -> how often it was repaired.
+        first_seen: kind -> the file (and field) where it was met first.
+        problems: what cannot be repaired, each `file: field: given; allowed`.
+        num_images, num_boxes: what was read without a problem.
+    """
+
+    repairs: Counter = field(default_factory=Counter)
+    first_seen: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    num_images: int = 0
+    num_boxes: int = 0
+
+    def repaired(self, kind: str, where: str) -> None:
+        self.repairs[kind] += 1
+        self.first_seen.setdefault(kind, where)
+
+    def problem(self, where: object, what: str, given: object, allowed: str) -> None:
+        self.problems.append(" ".join(f"{where}: {what}: {given}; {allowed}".split()))
+
+    def merge(self, other: VocReport) -> None:
+        """Add another report's findings to this one."""
+        self.repairs.update(other.repairs)
+        for kind, where in other.first_seen.items():
+            self.first_seen.setdefault(kind, where)
+        self.problems.extend(other.problems)
+        self.num_images += other.num_images
+        self.num_boxes += other.num_boxes
+
+    def lines(self) -> list[str]:
+        """The whole report for people: totals, repairs by kind, then every problem."""
+        return [
+            f"{self.num_images} images, {self.num_boxes} boxes read",
+            *(
+                f"{count} x {kind} (first: {self.first_seen[kind]})"
+                for kind, count in self.repairs.items()
+            ),
+            *self.problems,
+        ]
+
+
+class _NoDoctypeBuilder(ET.TreeBuilder):
+    """Refuses a DOCTYPE as it begins, so no entity of the file is ever declared or expanded."""
+
+    def doctype(self, name, pubid, system):
+        raise ET.ParseError("it has a DOCTYPE")
+
+
+def read_split(path: Path, report: VocReport) -> list[str]:
+    """The image ids of an ImageSets/Main/<split>.txt file, in order, each once."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        others = sorted(p.stem for p in path.parent.glob("*.txt"))
+        found = f"splits there: {', '.join(others[:12])}" if others else "no split is there"
+        report.problem(path, "split file", "missing or unreadable", found)
+        return []
+    except UnicodeDecodeError:
+        report.problem(path, "split file", "not UTF-8 text", "allowed: one image id a line")
+        return []
+    ids: dict[str, None] = {}
+    for number, line in enumerate(lines, start=1):
+        image_id = line.strip()
+        if not image_id:
+            continue
+        where = f"{path}: line {number}"
+        if len(image_id.split()) > 1:
+            report.problem(path, f"line {number}", repr(image_id), "allowed: one image id a line")
+        elif image_id in (".", "..") or any(c in image_id for c in "/\\\0"):
+            allowed = "allowed: a file name without its suffix, without / or \\"
+            report.problem(path, f"line {number}", repr(image_id), allowed)
+        elif image_id in ids:
+            report.repaired(DUPLICATE_ID, where)
+        else:
+            ids[image_id] = None
+    if not ids and not report.problems:
+        report.problem(path, "split file", "names no image", "allowed: one image id a line")
+    return list(ids)
+
+
+def index_images(folder: Path) -> dict[str, Path]:
+    """Image id -> its file, for every .jpg, .jpeg or .png (any case); .jpg wins over .png."""
+    found: dict[str, Path] = {}
+    for suffix in IMAGE_SUFFIXES:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() == suffix:
+                found.setdefault(path.stem, path)
+    return found
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, read from the header without decoding.
+
+    Raises: OSError or ValueError where PIL cannot read it.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = exif_orientation(image) in _QUARTER_TURNS
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
+    return (width, height) if turned else (height, width)
+
+
+def read_annotation(
+    image_id: str,
+    xml_path: Path,
+    image_path: Path | None,
+    class_index: Mapping[str, int],
+    report: VocReport,
+) -> dict | None:
+    """The record of one image in Detectron2's form, or None where a problem was listed."""
+    num_problems = len(report.problems)
+    root = _parse(xml_path, report)
+    size = None
+    if image_path is None:
+        images = xml_path.parent.parent / "JPEGImages" / image_id
+        report.problem(images, "image", "missing", f"allowed: {', '.join(IMAGE_SUFFIXES)}")
+    else:
+        try:
+            size = image_size(image_path)
+        except (OSError, ValueError):
+            report.problem(image_path, "image", "does not open", "allowed: a JPEG or PNG image")
+    if root is None or size is None:
+        return None
+    height, width = size
+    _check_size(root, height, width, xml_path, report)
+    annotations = []
+    for number, element in enumerate(root.findall("object"), start=1):
+        where = f"{xml_path}: object {number}"
+        annotation = _read_object(element, where, height, width, class_index, report)
+        if annotation is not None:
+            annotations.append(annotation)
+    if len(report.problems) > num_problems:
+        return None
+    report.num_images += 1
+    report.num_boxes += len(annotations)
+    return {
+        "file_name": str(image_path),
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+def _parse(xml_path: Path, report: VocReport) -> ET.Element | None:
+    try:
+        return ET.parse(xml_path, ET.XMLParser(target=_NoDoctypeBuilder())).getroot()
+    except OSError:
+        report.problem(xml_path, "annotation", "missing or unreadable", "every image needs one")
+    except (ET.ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
+        report.problem(xml_path, "annotation", f"not readable as XML ({error})", "allowed: VOC XML")
+    return None
+
+
+def _check_size(
+    root: ET.Element, height: int, width: int, xml_path: Path, report: VocReport
+) -> None:
+    texts = [(root.findtext(f"size/{name}") or "0").strip() for name in ("width", "height")]
+    try:
+        given = tuple(int(float(text)) for text in texts)
+    except (ValueError, OverflowError):
+        report.problem(xml_path, "size", " x ".join(texts), f"the image is {width} x {height}")
+        return
+    if given == (width, height):
+        return
+    if 0 in given:
+        report.repaired(SIZE_FROM_IMAGE, str(xml_path))
+    else:
+        # Detectron2 refuses such an image too, but only when it first loads it.
+        report.problem(xml_path, "size", " x ".join(texts), f"the image is {width} x {height}")
+
+
+def _read_object(
+    element: ET.Element,
+    where: str,
+    height: int,
+    width: int,
+    class_index: Mapping[str, int],
+    report: VocReport,
+) -> dict | None:
+    name = (element.findtext("name") or "").strip()
+    if name not in class_index:
+        report.problem(where, "name", repr(name), f"allowed: {', '.join(class_index)}")
+        return None
+    for tag in ("pose", "truncated"):
+        if element.find(tag) is None:
+            report.repaired(missing_tag(tag), where)
+    difficult = (element.findtext("difficult") or "").strip()
+    if not difficult:
+        report.repaired(missing_tag("difficult"), where)
+    elif difficult not in ("0", "1"):
+        report.problem(where, "difficult", repr(difficult), "allowed: 0 or 1")
+        return None
+    bbox = _read_box(element, where, height, width, report)
+    if bbox is None:
+        return None
+    return {
+        "category_id": class_index[name],
+        "bbox": bbox,
+        "bbox_mode": 0,
+        "difficult": int(difficult or 0),
+    }
+
+
+def _read_box(
+    element: ET.Element, where: str, height: int, width: int, report: VocReport
+) -> list[float] | None:
+    """[x0, y0, x1, y1] with x0 = xmin - 1, y0 = ymin - 1 (Detectron2, datasets/pascal_voc.py)."""
+    values = []
+    for name in ("xmin", "ymin", "xmax", "ymax"):
+        text = (element.findtext(f"bndbox/{name}") or "").strip()
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            given = repr(text) if text else "missing"
+            report.problem(where, f"bndbox.{name}", given, "allowed: a finite number")
+            return None
+        values.append(value)
+    xmin, ymin, xmax, ymax = values
+    given = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
+    if xmin > xmax or ymin > ymax:
+        report.problem(where, "bndbox", given, "allowed: xmin <= xmax and ymin <= ymax")
+        return None
+    clipped = [max(xmin, 1.0), max(ymin, 1.0), min(xmax, float(width)), min(ymax, float(height))]
+    if clipped[0] > clipped[2] or clipped[1] > clipped[3]:
+        report.problem(where, "bndbox", given, f"allowed: inside the image, {width} x {height}")
+        return None
+    if any(value != int(value) for value in values):
+        report.repaired(FLOAT_COORDINATE, where)
+    if clipped != values:
+        report.repaired(CLIPPED_BOX, where)
+    if clipped[0] == clipped[2] or clipped[1] == clipped[3]:
+        report.repaired(ONE_PIXEL_BOX, where)
+    return [clipped[0] - 1.0, clipped[1] - 1.0, clipped[2], clipped[3]]

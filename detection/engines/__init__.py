@@ -1,0 +1,1 @@
+"""Engines that train and run the detector: Detectron2 itself, or the embedded one."""

@@ -1,0 +1,87 @@
+"""The contract between the benchmark and whatever trains and runs the detector.
+
+An engine gets one `Run` at a time. It owns the model, its training and its predictions; data
+checks, trials, scoring and reports are the same for every engine and live outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from moco.cfgnode import CfgNode
+from moco.distributed import ProcessInfo
+
+if TYPE_CHECKING:
+    from detection.data.voc import VocData
+
+FINAL_MODEL = "model_final.pth"
+PERIODIC_MODELS = "model_[0-9]*.pth"
+
+Detections = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""image_id -> (boxes float32 [N, 4] x0 y0 x1 y1 in original pixels, scores [N], classes [N])."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning run, or one evaluation of given weights.
+
+    Attributes:
+        cfg: the frozen configuration; its OUTPUT_DIR and SEED are not read, the fields below are.
+        data: the checked records.
+        output_dir: this run's own folder (a trial's, under --trials).
+        seed: every random draw of the run derives from it.
+        process: this process's rank and device.
+        config_digest: identifies configuration and initial weights; a checkpoint of another
+            digest is never continued.
+        resume: continue from the newest verified checkpoint in `output_dir`, if there is one.
+        eval_only: predict with cfg.MODEL.WEIGHTS instead of the run's own final model.
+        progress: print progress lines (metrics.json is written either way).
+    """
+
+    cfg: CfgNode
+    data: VocData
+    output_dir: Path
+    seed: int
+    process: ProcessInfo
+    config_digest: str
+    resume: bool = False
+    eval_only: bool = False
+    progress: bool = True
+
+
+class Engine(Protocol):
+    """What `select_engine` returns."""
+
+    name: str
+
+    def versions(self) -> dict[str, str]:
+        """The versions that can change the numbers, for the result files."""
+
+    def unavailable_reason(self) -> str | None:
+        """Why the engine cannot run on this machine, or None."""
+
+    def check(self, cfg: CfgNode, *, eval_only: bool) -> str:
+        """Build the model and load cfg.MODEL.WEIGHTS; returns one line that says what was loaded.
+
+        Raises: ConfigError or CheckpointError, before anything is trained.
+        """
+
+    def train(self, run: Run) -> None:
+        """Train to the end and leave `model_final.pth` with its manifest in `run.output_dir`.
+
+        Raises: NonFiniteError; TrainingStopped after SIGTERM, with the state saved.
+        """
+
+    def predict(self, run: Run, records: Sequence[dict]) -> Detections:
+        """The detections of all `records`, on every rank."""
+
+
+class TrainingStopped(Exception):
+    """SIGTERM arrived; the state is saved and the message says how to go on."""
+
+    exit_code = 143  # 128 + SIGTERM, what a shell reports for a process ended by it

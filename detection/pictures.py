@@ -1,0 +1,169 @@
+"""Pictures of detections beside the ground truth, legible for small images too."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from detection.data.transforms import read_image
+
+_TRUTH_COLOUR = (0, 170, 60)
+_DETECTION_COLOUR = (255, 120, 0)
+_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+_LEGIBLE_SIDE = 640
+_FONT_SIZE = 14
+_CELL = 480
+
+
+def draw_detections(
+    record: dict,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    classes: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike,
+    score_threshold: float = 0.5,
+) -> Path:
+    """Draw one image with its ground truth (green) and its detections (orange), with a legend.
+
+    Args:
+        record: Detectron2's form; a difficult object is labelled so.
+        boxes: [N, 4] in pixels of the original image, from 0; scores [N]; classes [N].
+        path: the picture to write (.png or .jpg).
+        score_threshold: detections below it are left out; the legend counts them.
+    Raises: DataError if the image cannot be read.
+    """
+    path = Path(path)
+    picture = _picture(record, boxes, scores, classes, class_names, score_threshold)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
+
+
+def save_detection_pictures(
+    records: Sequence[dict],
+    detections: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    class_names: Sequence[str],
+    folder: str | os.PathLike,
+    num_images: int = 6,
+    score_threshold: float = 0.5,
+) -> list[Path]:
+    """Write pictures of images spread evenly over the records, and one sheet of them all.
+
+    Args:
+        detections: image id -> (boxes, scores, classes); an absent image has none.
+    Returns: the paths, `<image_id>.png` each and `contact_sheet.png` last; nothing without records.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    num_images = min(num_images, len(records))
+    if num_images < 1:
+        return []
+    chosen = [records[i * len(records) // num_images] for i in range(num_images)]
+    nothing = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
+    paths, pictures = [], []
+    for record in chosen:
+        found = detections.get(record["image_id"], nothing)
+        pictures.append(_picture(record, *found, class_names, score_threshold))
+        paths.append(folder / f"{record['image_id']}.png")
+        pictures[-1].save(paths[-1])
+    paths.append(folder / "contact_sheet.png")
+    contact_sheet(pictures, [record["image_id"] for record in chosen]).save(paths[-1])
+    return paths
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], titles: Sequence[str], cell: int = _CELL
+) -> Image.Image:
+    """Pictures in a grid, each fitted into `cell` x `cell` pixels under its title."""
+    font, gap, title_height = ImageFont.load_default(_FONT_SIZE), 8, _FONT_SIZE + 8
+    fitted = []
+    for picture in pictures:
+        scale = cell / max(picture.size)
+        size = tuple(max(1, round(side * scale)) for side in picture.size)
+        fitted.append(picture.resize(size, Image.Resampling.LANCZOS))
+    columns = math.ceil(math.sqrt(len(fitted)))
+    width = max(image.width for image in fitted) + gap
+    height = max(image.height for image in fitted) + gap + title_height
+    sheet = Image.new(
+        "RGB", (columns * width + gap, math.ceil(len(fitted) / columns) * height + gap), _PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, title) in enumerate(zip(fitted, titles, strict=True)):
+        x, y = gap + number % columns * width, gap + number // columns * height
+        draw.text((x, y), title, fill=_INK, font=font)
+        sheet.paste(image, (x, y + title_height))
+    return sheet
+
+
+def _picture(record, boxes, scores, classes, class_names, score_threshold) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(read_image(record["file_name"], "RGB")))
+    # Labels have a fixed size, so a small image is enlarged (by a whole factor) under them.
+    factor = max(1, round(_LEGIBLE_SIDE / max(image.size)))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    font = ImageFont.load_default(_FONT_SIZE)
+    marks = []  # (box in picture pixels, label, whether it is a detection)
+    for annotation in record["annotations"]:
+        name = class_names[annotation["category_id"]]
+        label = f"{name} (difficult)" if annotation["difficult"] else name
+        marks.append((np.asarray(annotation["bbox"]) * factor, label, False))
+    shown = [i for i in np.argsort(-np.asarray(scores)) if scores[i] >= score_threshold]
+    for i in reversed(shown):  # the best one on top
+        label = f"{class_names[int(classes[i])]} {scores[i]:.2f}"
+        marks.append((np.asarray(boxes[i]) * factor, label, True))
+    _draw_marks(image, marks, font)
+    legend = [
+        (_TRUTH_COLOUR, f"ground truth ({len(record['annotations'])})"),
+        (_DETECTION_COLOUR, f"detections, score >= {score_threshold:g} ({len(shown)})"),
+        (None, f"{len(scores) - len(shown)} below"),
+    ]
+    return _with_legend(image, legend, font)
+
+
+def _draw_marks(image: Image.Image, marks, font) -> None:
+    """All boxes, then all labels: ground truth's at the lower edge, detections' at the upper."""
+    draw, (width, height) = ImageDraw.Draw(image), image.size
+    for (x0, y0, x1, y1), _, is_detection in marks:
+        x1, y1 = max(min(x1, width) - 1, x0), max(min(y1, height) - 1, y0)
+        # The dark rim keeps the colour visible on an image of the same colour.
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_INK, width=4)
+        draw.rectangle((x0, y0, x1, y1), outline=_colour(is_detection), width=2)
+    for (x0, y0, _, y1), label, is_detection in marks:
+        left, top, right, bottom = font.getbbox(label)
+        label_width, label_height = right - left + 6, bottom - top + 6
+        x = min(max(x0, 0), max(width - label_width, 0))
+        y = (y0 if is_detection else y1) - label_height
+        y = min(max(y, 0), max(height - label_height, 0))
+        draw.rectangle((x, y, x + label_width, y + label_height), fill=_colour(is_detection))
+        draw.text((x + 3 - left, y + 3 - top), label, fill=_PAPER, font=font)
+
+
+def _colour(is_detection: bool) -> tuple[int, int, int]:
+    return _DETECTION_COLOUR if is_detection else _TRUTH_COLOUR
+
+
+def _with_legend(image: Image.Image, entries, font) -> Image.Image:
+    """The image with a strip of colour keys under it, in as many lines as its width needs."""
+    gap, square, line_height = 8, 12, _FONT_SIZE + 8
+    placed, x, line = [], gap, 0
+    for colour, text in entries:
+        width = round(font.getlength(text)) + (square + 5 if colour else 0)
+        if x > gap and x + width > image.width:
+            x, line = gap, line + 1
+        placed.append((x, line, colour, text))
+        x += width + 2 * gap
+    framed = Image.new("RGB", (image.width, image.height + (line + 1) * line_height), _PAPER)
+    framed.paste(image, (0, 0))
+    draw = ImageDraw.Draw(framed)
+    for x, line, colour, text in placed:
+        y = image.height + line * line_height + 4
+        if colour:
+            draw.rectangle((x, y + 1, x + square, y + 1 + square), fill=colour)
+            x += square + 5
+        draw.text((x, y), text, fill=_INK, font=font)
+    return framed

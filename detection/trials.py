@@ -1,0 +1,334 @@
+"""Trials: the same fine-tuning with several seeds, each in a folder of its own, then the mean.
+
+A folder holds one run only: `config.yaml`, checkpoints, `metrics.json`, `result.json`. A result
+is averaged with others of the same engine and config digest only; a failed trial is listed with
+its error and is no number.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from detection.data.voc import VocData, check_and_load
+from detection.engines.base import Engine, Run, TrainingStopped
+from detection.evaluation.voc_ap import evaluate_voc
+from detection.pictures import save_detection_pictures
+from detection.report import write_report
+from detection.run_folder import RESULT_FILE, holds_a_run, refuse_other_run, run_digest
+from moco import distributed
+from moco.cfgnode import CfgNode, dump_yaml
+from moco.distributed import ProcessInfo
+from moco.errors import ConfigError, MocoError, NonFiniteError
+from moco.training.checkpoint import read_json, sha256_of, write_json_atomic, write_text_atomic
+
+RESULTS_FILE = "results.json"
+EVAL_ONLY_FILE = "eval_only.json"
+SCORES = ("AP50", "AP", "AP75")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials share; `prepare` makes it, after everything in it was checked."""
+
+    cfg: CfgNode
+    engine: Engine
+    process: ProcessInfo
+    data: VocData
+    weights: dict
+    config_digest: str
+    base_seed: int
+    output_dir: Path
+
+    def run(self, folder: Path, seed: int, *, resume: bool, eval_only: bool = False) -> Run:
+        return Run(
+            cfg=self.cfg,
+            data=self.data,
+            output_dir=folder,
+            seed=seed,
+            process=self.process,
+            config_digest=self.config_digest,
+            resume=resume,
+            eval_only=eval_only,
+        )
+
+
+def prepare(
+    cfg: CfgNode, engine: Engine, why: str, process: ProcessInfo, *, eval_only: bool = False
+) -> Job:
+    """Check the data, the weights and the engine before the first iteration, and say so.
+
+    Args:
+        why: why this engine was chosen, for the printed lines.
+    Raises: ConfigError, DataError, CheckpointError.
+    """
+    loaded = engine.check(cfg, eval_only=eval_only)
+    data = check_and_load(cfg)
+    path = cfg.MODEL.WEIGHTS
+    weights = {"path": path, "sha256": sha256_of(path) if path else None}
+    job = Job(
+        cfg=cfg,
+        engine=engine,
+        process=process,
+        data=data,
+        weights=weights,
+        config_digest=run_digest(cfg, weights["sha256"]),
+        base_seed=max(cfg.SEED, 0),
+        output_dir=Path(cfg.OUTPUT_DIR),
+    )
+    if process.is_main:
+        _print_summary(job, why, loaded)
+    return job
+
+
+def _print_summary(job: Job, why: str, loaded: str) -> None:
+    cfg, process, data = job.cfg, job.process, job.data
+    print(f"engine: {job.engine.name} ({why}), {process.world_size} process(es), {process.device}")
+    print(
+        f"data: {len(data.train_records)} training images ({', '.join(cfg.DATASETS.TRAIN)}), "
+        f"{len(data.test_records)} test images ({data.test_name}), {len(data.class_names)} classes"
+    )
+    for line in data.report.lines():
+        print(f"  {line}")
+    print(f"weights: {loaded}")
+    seed_note = f" (SEED is {cfg.SEED}; negative means 0 here)" if cfg.SEED < 0 else ""
+    print(f"config digest {job.config_digest}, first seed {job.base_seed}{seed_note}", flush=True)
+
+
+def run_trials(job: Job, num_trials: int) -> dict:
+    """Trials 0 to N - 1 in OUTPUT_DIR/trial_k with seed SEED + k, then results.json and a report.
+
+    A finished trial is not repeated, an unfinished or failed one goes on from its newest
+    checkpoint, so the same command can be started again at any time.
+
+    Returns: the content of results.json, see `collect`.
+    Raises: CheckpointError if a trial's folder holds a run of other settings; TrainingStopped.
+    """
+    if num_trials < 1:
+        raise ConfigError(f"--trials {num_trials}: at least 1 is needed; 5 is usual")
+    folders = [job.output_dir / f"trial_{k}" for k in range(num_trials)]
+    trials: list[dict | None] = []
+    for k, folder in enumerate(folders):
+        refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, job.base_seed + k)
+        trials.append(_finished_result(folder))
+    distributed.barrier()  # every rank has read the folders before one of them is written to
+    if job.process.is_main:
+        write_text_atomic(job.output_dir / "config.yaml", dump_yaml(job.cfg))
+    for k, folder in enumerate(folders):
+        if trials[k] is not None:
+            _say(job, f"trial {k}: finished already, {_scores_in_words(trials[k])}")
+            continue
+        _say(job, f"trial {k}: seed {job.base_seed + k}, {folder}")
+        run = job.run(folder, job.base_seed + k, resume=True)
+        try:
+            trials[k] = _train_and_score(job, run, pictures=k == 0)
+            _say(job, f"trial {k}: {_scores_in_words(trials[k])}")
+        except Exception as error:
+            if not _others_can_go_on(error, job.process):
+                raise
+            trials[k] = _failed_result(job, run, error)
+            _say(job, f"trial {k} failed: {trials[k]['error']}")
+    results = collect(job, trials)
+    if job.process.is_main:
+        write_json_atomic(job.output_dir / RESULTS_FILE, results)
+        for line in write_report(results, job.output_dir):
+            print(line)
+    return results
+
+
+def run_single(job: Job, *, resume: bool) -> dict:
+    """One run directly in OUTPUT_DIR, as Detectron2's train_net; returns its result.json.
+
+    Raises: ConfigError if OUTPUT_DIR holds a run and `resume` is not set.
+    """
+    folder = job.output_dir
+    if holds_a_run(folder) and not resume:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder}: already holds a run; add --resume to continue it, or give "
+            "another OUTPUT_DIR"
+        )
+    refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, job.base_seed)
+    finished = _finished_result(folder)
+    distributed.barrier()
+    if finished is not None:
+        _say(job, f"finished already: {_scores_in_words(finished)}")
+        return finished
+    run = job.run(folder, job.base_seed, resume=resume)
+    try:
+        result = _train_and_score(job, run, pictures=True)
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        _failed_result(job, run, error)
+        raise
+    _say(job, _scores_in_words(result))
+    return result
+
+
+def evaluate_only(job: Job) -> dict:
+    """Score the fine-tuned model cfg.MODEL.WEIGHTS; returns and writes eval_only.json."""
+    run = job.run(job.output_dir, job.base_seed, resume=False, eval_only=True)
+    started = time.perf_counter()
+    result = _result(job, run, started, **_score(job, run, pictures=False))
+    if job.process.is_main:
+        write_json_atomic(job.output_dir / EVAL_ONLY_FILE, result)
+    _say(job, _scores_in_words(result))
+    return result
+
+
+def summarise(trials: Sequence[dict]) -> dict:
+    """Counts, mean and sample standard deviation (n - 1) of the finished trials.
+
+    Returns: {"num_finished", "num_failed", "mean": {score: float or None}, "std": the same};
+        mean is None without a finished trial, std with fewer than 2. A score that a finished
+        trial does not have (see `_number`) makes both None.
+    """
+    finished = [trial for trial in trials if trial["status"] == "finished"]
+    mean, std = {}, {}
+    for score in SCORES:
+        values = [trial[score] for trial in finished]
+        known = bool(values) and None not in values
+        mean[score] = statistics.fmean(values) if known else None
+        std[score] = statistics.stdev(values) if known and len(values) > 1 else None
+    return {
+        "num_finished": len(finished),
+        "num_failed": len(trials) - len(finished),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def collect(job: Job, trials: Sequence[dict]) -> dict:
+    """The content of results.json: what all trials share, the trials, and `summarise`'s fields.
+
+    Raises: ConfigError if results of other engines or configurations are among them.
+    """
+    for trial in trials:
+        identity = (trial["engine"], trial["config_digest"])
+        if identity != (job.engine.name, job.config_digest):
+            raise ConfigError(
+                f"results of {identity} and {(job.engine.name, job.config_digest)} are not averaged"
+            )
+    return {
+        "engine": job.engine.name,
+        "versions": _versions(job),
+        "config_digest": job.config_digest,
+        "dataset": job.data.test_name,
+        "metric": _metric(job),
+        "weights": job.weights,
+        "num_trials": len(trials),
+        **summarise(trials),
+        "trials": list(trials),
+    }
+
+
+def _train_and_score(job: Job, run: Run, *, pictures: bool) -> dict:
+    started = time.perf_counter()
+    if job.process.is_main:
+        own = run.cfg.clone()
+        own.defrost()
+        own.OUTPUT_DIR, own.SEED = str(run.output_dir), run.seed
+        write_text_atomic(run.output_dir / "config.yaml", dump_yaml(own))
+    job.engine.train(run)
+    result = _result(job, run, started, **_score(job, run, pictures=pictures))
+    if job.process.is_main:
+        write_json_atomic(run.output_dir / RESULT_FILE, result)
+    distributed.barrier()
+    return result
+
+
+def _score(job: Job, run: Run, *, pictures: bool) -> dict:
+    records, names = job.data.test_records, job.data.class_names
+    detections = job.engine.predict(run, records)
+    voc = evaluate_voc(
+        detections, records, names, job.data.metric_year, job.cfg.TEST.ROUND_DETECTIONS
+    )
+    if pictures and job.process.is_main:
+        save_detection_pictures(records, detections, names, run.output_dir / "pictures")
+    per_class = {
+        name: {score: _number(value) for score, value in scores.items()}
+        for name, scores in voc.per_class.items()
+    }
+    overall = {"AP": _number(voc.ap), "AP50": _number(voc.ap50), "AP75": _number(voc.ap75)}
+    return {"status": "finished", "error": None, **overall, "per_class": per_class}
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN, which the area metric gives for a class without ground truth."""
+    return None if math.isnan(value) else value
+
+
+def _failed_result(job: Job, run: Run, error: Exception) -> dict:
+    if not isinstance(error, MocoError):  # not the user's doing: the traceback is needed
+        traceback.print_exception(error, file=sys.stderr)
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    result = _result(
+        job, run, None, status="failed", error=message, **dict.fromkeys(SCORES), per_class={}
+    )
+    if job.process.is_main:
+        write_json_atomic(run.output_dir / RESULT_FILE, result)
+    return result
+
+
+def _others_can_go_on(error: Exception, process: ProcessInfo) -> bool:
+    """Of several processes each must have failed in the same way, or the next trial would hang."""
+    if isinstance(error, TrainingStopped):
+        return False
+    return process.world_size == 1 or isinstance(error, NonFiniteError)
+
+
+def _result(job: Job, run: Run, started: float | None, **scores: object) -> dict:
+    """`seconds` is the time of this session: a resumed run's earlier ones are not in it."""
+    return {
+        "engine": job.engine.name,
+        "versions": _versions(job),
+        "config_digest": job.config_digest,
+        "dataset": job.data.test_name,
+        "metric": _metric(job),
+        "seed": run.seed,
+        "weights": job.weights,
+        "num_processes": job.process.world_size,
+        "seconds": None if started is None else round(time.perf_counter() - started, 1),
+        **scores,
+    }
+
+
+def _versions(job: Job) -> dict[str, str]:
+    device = job.process.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {**job.engine.versions(), "device": name}
+
+
+def _metric(job: Job) -> str:
+    year = job.data.metric_year
+    rounded = "rounded" if job.cfg.TEST.ROUND_DETECTIONS else "not rounded"
+    return f"VOC {year} ({'11-point' if year == 2007 else 'area'}), detections {rounded}"
+
+
+def _finished_result(folder: Path) -> dict | None:
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    return result if result["status"] == "finished" else None
+
+
+def _scores_in_words(result: dict) -> str:
+    shown = [
+        f"{score} {'undefined' if result[score] is None else f'{result[score]:.2f}'}"
+        for score in SCORES
+    ]
+    return ", ".join(shown)
+
+
+def _say(job: Job, line: str) -> None:
+    if job.process.is_main:
+        print(line, flush=True)

@@ -1,0 +1,1 @@
+"""MoCo pretraining: methods, data path, training and evaluation. Never imports `detection`."""

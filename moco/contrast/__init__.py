@@ -1,0 +1,1 @@
+"""Contrastive losses and the stores of negatives: pure functions and small modules."""

@@ -1,0 +1,175 @@
+"""Folders of images: finding, labelling and decoding them as torchvision's ImageFolder does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from moco.errors import DataError
+
+# torchvision's IMG_EXTENSIONS (torchvision/datasets/folder.py).
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_SPLITS_BESIDE_TRAIN = {"val", "valid", "validation", "test"}
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The images of one folder, in a fixed order.
+
+    Attributes:
+        root: the folder the paths are relative to.
+        paths: one relative path ("/" separated) an image.
+        labels: the class of each image as an index into `class_names`; None in a flat folder.
+        class_names: the class folders, sorted; empty in a flat folder.
+    """
+
+    root: str
+    paths: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.paths[index])
+
+    def open(self, index: int) -> Image.Image:
+        """Image `index` as `load_rgb` returns it. Raises DataError where it is unreadable."""
+        return load_rgb(self.path(index))
+
+
+def find_images(root: str | os.PathLike) -> ImageSource:
+    """List the images of a folder; none of them is opened.
+
+    Two layouts are read. Class folders: `root/CLASS/**/*.jpg`, labelled by the sorted class names,
+    in the order of torchvision's ImageFolder. Flat: `root/*.jpg`, sorted, without labels.
+    As the reference does (main_moco.py), `root/train` is read where `root` itself holds no image
+    and has a folder `train`. To tell that split from a class named "train", it must be the only
+    folder or stand beside val, valid, validation or test.
+    Names that begin with a dot are ignored. Links to folders are followed.
+
+    Raises:
+        DataError: root is missing, not a folder, unreadable, holds no image, mixes the two
+            layouts, or a class folder holds no image.
+    """
+    root = Path(root).expanduser()
+    images, folders = _list_folder(root)
+    if not images and _train_is_a_split(folders):
+        root = root / "train"
+        images, folders = _list_folder(root)
+    if images:
+        mixed = next((f for f in folders if next(_images_under(root / f), None)), None)
+        if mixed is not None:
+            raise DataError(
+                f"{root}: holds images ({images[0]}, ...) beside the image folder {mixed!r}; "
+                "either class folders or a flat folder of images is allowed; move one of them away"
+            )
+        return ImageSource(str(root), tuple(images), None, ())
+    return _read_class_folders(root, folders)
+
+
+def load_rgb(path: str | os.PathLike) -> Image.Image:
+    """Decode one image fully, as 8-bit RGB.
+
+    The same pixels as torchvision's ImageFolder gives: `convert("RGB")`, and an orientation
+    written in EXIF is not applied.
+
+    Raises: DataError with the path and the decoder's reason.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        reason = "no known image format" if os.path.getsize(path) else "it is empty"
+        raise _unreadable(path, reason) from error
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    except Exception as error:  # damaged files make decoders raise almost anything
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+
+
+def _unreadable(path: str | os.PathLike, reason: str) -> DataError:
+    return DataError(
+        f"{path}: cannot be read as an image ({' '.join(reason.split())}); replace or remove it"
+    )
+
+
+def _read_class_folders(root: Path, folders: list[str]) -> ImageSource:
+    paths: list[str] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    for label, folder in enumerate(folders):
+        found = [f"{folder}/{path}" for path in _images_under(root / folder)]
+        if not found:
+            empty.append(folder)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise DataError(
+            f"{root}: holds no image, neither directly nor in class folders; allowed suffixes: "
+            f"{', '.join(IMAGE_SUFFIXES)}; give a folder of images"
+        )
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise DataError(
+            f"{root}: {len(empty)} of {len(folders)} class folders hold no image ({shown}); "
+            f"allowed suffixes: {', '.join(IMAGE_SUFFIXES)}; remove these folders, or give the "
+            "folder that holds the classes"
+        )
+    return ImageSource(str(root), tuple(paths), tuple(labels), tuple(folders))
+
+
+def _train_is_a_split(folders: list[str]) -> bool:
+    return "train" in folders and (
+        len(folders) == 1 or not _SPLITS_BESIDE_TRAIN.isdisjoint(folders)
+    )
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """The sorted names of the images and of the folders directly in `folder`."""
+    images, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif _is_image_name(entry.name):
+                    images.append(entry.name)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: does not exist; give a folder of images") from error
+    except NotADirectoryError as error:
+        raise DataError(f"{folder}: is not a folder; give a folder of images") from error
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
+    return sorted(images), sorted(f for f in folders if not f.startswith("."))
+
+
+def _images_under(top: Path) -> Iterator[str]:
+    """Paths of the images below `top`, relative to it, in torchvision's ImageFolder's order."""
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    visited = []
+    above = {os.path.dirname(top): frozenset()}  # the real folders a walked folder lies in
+    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=stop):
+        real = os.path.realpath(folder)
+        outer = above[os.path.dirname(folder)]
+        if real in outer:
+            raise DataError(f"{folder}: a link leads back to a folder above it; remove the link")
+        above[folder] = outer | {real}
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        visited.append((folder, names))
+    for folder, names in sorted(visited):
+        relative = os.path.relpath(folder, top).replace(os.sep, "/")
+        prefix = "" if relative == "." else f"{relative}/"
+        yield from (f"{prefix}{name}" for name in sorted(names) if _is_image_name(name))

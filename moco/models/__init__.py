@@ -1,0 +1,1 @@
+"""Networks: backbones, projection heads, and the momentum (EMA) update."""

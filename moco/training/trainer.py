@@ -1,0 +1,248 @@
+"""The pretraining loop, top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from moco import distributed
+from moco.cfgnode import CfgNode
+from moco.data.augment import build_recipe
+from moco.data.images import ImageSource
+from moco.data.loader import build_pretrain_loader
+from moco.distributed import ProcessInfo
+from moco.errors import CheckpointError, ConfigError
+from moco.methods import Method, build_method
+from moco.seeding import derive_seed
+from moco.training import checkpoint as ckpt
+from moco.training import state
+from moco.training.optimizer import build_optimizer
+from moco.training.progress import EpochRecord, Observer, StepRecord
+from moco.training.schedule import learning_rate
+from moco.training.step import train_step
+
+# Evaluates the transfer encoder; called on rank 0 only, must not change it.
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Trainer:
+    """A pretraining run: its model, optimizer and position.
+
+    Args:
+        source: the images; output_dir: where checkpoints go.
+        resume: None starts afresh and refuses a folder that holds a checkpoint; "auto" continues
+            from the newest verified one in `output_dir`, or starts afresh where there is none;
+            a path continues from that file.
+    Raises: ConfigError, CheckpointError before any image is read.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        source: ImageSource,
+        output_dir: Path,
+        process: ProcessInfo,
+        *,
+        resume: str | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.cfg, self.source, self.process, self.say = cfg, source, process, say
+        self.output_dir = output_dir
+        self._check_batch()
+        self.identity = state.RunIdentity.of(cfg, source, process.world_size)
+        self.steps_per_epoch = self.identity.steps_per_epoch
+        self.total_steps = cfg.TRAIN.EPOCHS * self.steps_per_epoch
+        checkpoint = self._find_checkpoint(resume)
+        torch.manual_seed(derive_seed(cfg.SEED, "init"))
+        self.method: Method = build_method(cfg).to(process.device)
+        if cfg.TRAIN.CHANNELS_LAST:
+            self.method.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(cfg, self.method)
+        self.first_step = 0
+        if checkpoint is not None:
+            self.first_step = state.restore(
+                checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity
+            )
+            say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
+        self.model: nn.Module = self.method
+        if process.world_size > 1:
+            # Buffers (the 32 MiB queue) are not sent in each forward: all ranks compute the same.
+            distributed.broadcast_state(self.method)
+            self.model = nn.parallel.DistributedDataParallel(self.method, broadcast_buffers=False)
+
+    def train(self, observers: Sequence[Observer] = (), evaluate: Evaluate | None = None) -> int:
+        """Run to the last epoch, or to a SIGTERM or SIGINT.
+
+        Returns: 0 when finished; 128 + the signal's number when stopped, with a checkpoint saved.
+        """
+        with _caught_signals() as received:
+            stopped = self._run(observers, evaluate, received)
+        if not stopped:
+            return 0
+        self.say(
+            f"stopped at step {self.last_step}/{self.total_steps}, checkpoint saved; "
+            "continue with the same command and --resume"
+        )
+        return 128 + (received[0] if received else signal.SIGTERM)
+
+    def _run(self, observers, evaluate, received) -> bool:
+        cfg = self.cfg
+        loader = self._build_loader()
+        self.last_step = self.first_step
+        if self.first_step == 0:
+            self._end_epoch(observers, evaluate)
+        started, done = time.monotonic(), self.first_step
+        for step, batch in enumerate(loader, start=self.first_step):
+            epoch = step // self.steps_per_epoch
+            lr = learning_rate(
+                cfg.TRAIN.SCHEDULE, cfg.TRAIN.LR, epoch, cfg.TRAIN.EPOCHS, cfg.TRAIN.MILESTONES
+            )
+            self.method.train()
+            result = train_step(
+                self.model, self.method, self.optimizer, batch,
+                step=step, lr=lr, cfg=cfg, process=self.process, stop_requested=bool(received),
+            )  # fmt: skip
+            self.last_step = step + 1
+            if self.last_step % cfg.LOG.PERIOD == 0 or self.last_step == self.total_steps:
+                rate = (self.last_step - done) / (time.monotonic() - started)
+                record = self._step_record(epoch, lr, result, rate)
+                for observer in observers:
+                    observer.on_step(record)
+                started, done = time.monotonic(), self.last_step
+            if self.last_step % self.steps_per_epoch == 0:
+                self._end_epoch(observers, evaluate)
+                started, done = time.monotonic(), self.last_step
+            if result.stop_requested and self.last_step < self.total_steps:
+                self._save(milestone=False)
+                return True
+        return False
+
+    def _step_record(self, epoch, lr, result, steps_per_s) -> StepRecord:
+        return StepRecord(
+            step=self.last_step,
+            total_steps=self.total_steps,
+            epoch=epoch,
+            num_epochs=self.cfg.TRAIN.EPOCHS,
+            loss=result.loss.item(),
+            lr=lr,
+            images_per_s=steps_per_s * self.cfg.TRAIN.BATCH_SIZE,
+            eta_s=(self.total_steps - self.last_step) / steps_per_s,
+            metrics={name: value.item() for name, value in result.metrics.items()},
+        )
+
+    def _end_epoch(self, observers, evaluate) -> None:
+        """Evaluate and save after a whole epoch; before training only evaluate."""
+        epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
+        if epoch and (epoch % self.cfg.CHECKPOINT.PERIOD == 0 or last):
+            self._save(milestone=True)
+        period = self.cfg.KNN.PERIOD
+        metrics = {}
+        if evaluate and self.process.is_main and period and (epoch % period == 0 or last):
+            metrics = evaluate(self.method.transfer_encoder())
+        for observer in observers:
+            observer.on_epoch(EpochRecord(self.last_step, epoch, metrics))
+        distributed.barrier()
+
+    def _save(self, *, milestone: bool) -> None:
+        """Rank 0 writes the state after `last_step` steps, then removes what is no longer kept."""
+        epoch = self.last_step // self.steps_per_epoch
+        # The reference names the file by the number of the epoch that was finished, from 0.
+        name = f"checkpoint_{epoch - 1:04d}" if milestone else f"checkpoint_step_{self.last_step}"
+        if self.process.is_main:
+            state.save(
+                self.output_dir / f"{name}.pth.tar",
+                method=self.method,
+                optimizer=self.optimizer,
+                step=self.last_step,
+                arch=self.cfg.MODEL.ARCH,
+                identity=self.identity,
+            )
+            ckpt.prune(
+                self.output_dir,
+                keep_last=self.cfg.CHECKPOINT.KEEP_LAST,
+                milestone=self.cfg.CHECKPOINT.MILESTONE * self.steps_per_epoch,
+            )
+        distributed.barrier()
+
+    def _build_loader(self):
+        data = self.cfg.DATA
+        recipe = build_recipe(
+            data.RECIPE,
+            size=data.SIZE,
+            crop_scale=data.CROP_SCALE,
+            blur_probability=data.BLUR_PROBABILITY,
+        )
+        return build_pretrain_loader(
+            self.source,
+            recipe,
+            seed=self.cfg.SEED,
+            global_batch=self.cfg.TRAIN.BATCH_SIZE,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+            first_step=self.first_step,
+            last_step=self.total_steps,
+            num_workers=data.NUM_WORKERS,
+            pin_memory=self.process.device.type == "cuda",
+        )
+
+    def _find_checkpoint(self, resume: str | None) -> Path | None:
+        if resume not in (None, "auto"):
+            return Path(resume)
+        if resume is None:
+            found = ckpt.checkpoint_files(self.output_dir)
+            if found:
+                raise CheckpointError(
+                    f"{self.output_dir}: already holds {len(found)} checkpoints of a run; add "
+                    "--resume to continue it, or give another --output-dir"
+                )
+            return None
+        path, _, refused = ckpt.latest_verified(self.output_dir)
+        for _, reason in refused:
+            self.say(f"refused: {reason}")
+        if path is None:
+            self.say(f"--resume: {self.output_dir} holds no verified checkpoint, starting afresh")
+        return path
+
+    def _check_batch(self) -> None:
+        train, model, world = self.cfg.TRAIN, self.cfg.MODEL, self.process.world_size
+        if train.BATCH_SIZE % world:
+            raise ConfigError(
+                f"TRAIN.BATCH_SIZE {train.BATCH_SIZE} (global) cannot be shared by {world} "
+                "processes; give a multiple of their number"
+            )
+        if train.BATCH_SIZE // world % model.BN_SPLITS:
+            raise ConfigError(
+                f"MODEL.BN_SPLITS {model.BN_SPLITS} does not divide the "
+                f"{train.BATCH_SIZE // world} images of a process; give a divisor"
+            )
+        if len(self.source) < train.BATCH_SIZE:
+            raise ConfigError(
+                f"{self.source.root}: {len(self.source)} images do not fill one batch of "
+                f"{train.BATCH_SIZE}; lower TRAIN.BATCH_SIZE"
+            )
+        if world * model.BN_SPLITS == 1:
+            self.say(
+                "warning: one process and MODEL.BN_SPLITS 1: shuffle BN has no effect and the "
+                "loss can be lowered through batch statistics; MODEL.BN_SPLITS 8 imitates 8 GPUs"
+            )
+
+
+@contextmanager
+def _caught_signals():
+    """Collects SIGTERM and SIGINT instead of dying of them, so that a step is never cut."""
+    received: list[int] = []
+    old = {
+        number: signal.signal(number, lambda signum, frame: received.append(signum))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""Pretrain an encoder on images without labels.
+
+python tools/pretrain.py --config-file configs/pretrain/moco_v2_200ep.yaml \\
+    --data DIR --output-dir RUN [--resume] [KEY VALUE ...]
+torchrun --nproc-per-node 8 tools/pretrain.py ...          (the same flags)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moco import distributed  # noqa: E402
+from moco.cfgnode import dump_yaml  # noqa: E402
+from moco.config import load_pretrain_config  # noqa: E402
+from moco.data.images import find_images  # noqa: E402
+from moco.errors import exit_on_error  # noqa: E402
+from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
+from moco.training.checkpoint import write_text_atomic  # noqa: E402
+from moco.training.progress import ConsoleProgress, JsonLog, TensorBoardLog  # noqa: E402
+from moco.training.trainer import Trainer  # noqa: E402
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="YAML file of configs/pretrain")
+    parser.add_argument("--data", required=True, help="folder of images, or of class folders")
+    parser.add_argument("--output-dir", required=True, help="run folder: checkpoints and logs")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="continue from the newest checkpoint of the run folder, or from FILE",
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    return parser.parse_args(argv)
+
+
+@exit_on_error
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    cfg = load_pretrain_config(args.config_file, args.opts)
+    source = find_images(args.data)
+    process = distributed.setup_process(args.device)
+    say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
+    try:
+        output_dir = Path(args.output_dir)
+        trainer = Trainer(cfg, source, output_dir, process, resume=args.resume, say=say)
+        say(
+            f"{len(source)} images of {source.root}; {trainer.steps_per_epoch} steps an epoch, "
+            f"{cfg.TRAIN.EPOCHS} epochs; {process.world_size} process(es) on {process.device.type}"
+        )
+        evaluate, observers = None, []
+        if process.is_main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(output_dir / "config.yaml", dump_yaml(cfg))
+            evaluate = build_knn_monitor(cfg, args.data, source, process.device, say)
+            observers = [
+                ConsoleProgress(trainer.total_steps, trainer.first_step),
+                JsonLog(output_dir / "log.jsonl", trainer.first_step),
+            ]
+            if cfg.LOG.TENSORBOARD:
+                observers.append(TensorBoardLog(output_dir / "tensorboard", trainer.first_step))
+        try:
+            return trainer.train(observers, evaluate)
+        finally:
+            for observer in observers:
+                observer.close()
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
