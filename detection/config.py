@@ -275,7 +275,7 @@ UNSUPPORTED: dict[str, tuple] = {
     "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", _EXTRA_NORM_HEADS),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
     "INPUT.FORMAT": ("BGR", "RGB"),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice",),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
@@ -295,8 +295,9 @@ def load_detection_config(config_file: str | None, overrides: Sequence[str] = ()
     Raises: ConfigError for what `moco.cfgnode.load_config` refuses, for a value in no
         `UNSUPPORTED` row, and for values that contradict each other.
     """
+    overrides = list(overrides)
     cfg = load_config(get_defaults(), config_file, overrides)
-    where = config_file or "command line"
+    where = " + ".join(filter(None, (config_file, "command line" if overrides else "")))
     for key, allowed in UNSUPPORTED.items():
         value = _lookup(cfg, key)
         if not any(_same(value, candidate) for candidate in allowed):

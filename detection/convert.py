@@ -3,7 +3,7 @@
 Kept: the query encoder without `fc` (facebookresearch/moco,
 detection/convert-pretrain-to-detectron2.py). Every tensor of the source is either mapped or
 dropped under a reported name; the mapped ones must give, inside the detection trunk, the features
-that the source network gives.
+that the source network gives (`self_check.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from detection.config import get_defaults
-from detection.engines.embedded.resnet_c4 import feature_trunk
 from detection.keymap import (
     ALLOWED_ARCHS,
     BLOCKS,
@@ -30,8 +27,8 @@ from detection.keymap import (
     to_detectron2,
 )
 from detection.safe_pickle import write_pickled_arrays
+from detection.self_check import SELF_CHECK_SIZE, self_check
 from moco.errors import CheckpointError
-from moco.seeding import torch_generator
 from moco.training.checkpoint import (
     latest_verified,
     manifest_path,
@@ -43,8 +40,6 @@ from moco.training.checkpoint import (
 )
 
 AUTHOR = "MoCo"  # any but "Caffe2", which makes Detectron2 rename the tensors
-SELF_CHECK_SIZE = (101, 139)  # no multiples of 32: strides and paddings show
-SELF_CHECK_TOLERANCE = 1e-5
 # Normalisation of 0-255 pixels by the ImageNet statistics, RGB.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -107,6 +102,8 @@ def convert_checkpoint(
         raise CheckpointError(f"{out}: is the source itself; give another output file")
     content = read_torch_file(source)
     converted = convert_state(content, where=str(source))
+    lines = yaml_lines(converted.shape, *_pixel_statistics(content, str(source)))
+    figures = self_check(converted.source, converted.model, converted.shape, str(source))
     report = ConversionReport(
         source=source,
         out=out,
@@ -114,10 +111,10 @@ def convert_checkpoint(
         shape=converted.shape,
         names=converted.names,
         dropped=converted.dropped,
-        self_check=self_check(converted.source, converted.model, converted.shape, str(source)),
+        self_check=figures,
         source_sha256=sha256_of(source),
         out_sha256=_write_weights(out, converted.model),
-        yaml_lines=yaml_lines(converted.shape, *_pixel_statistics(content, str(source))),
+        yaml_lines=lines,
         refused=refused,
     )
     write_json_atomic(_report_path(out), _as_json(report))
@@ -192,77 +189,6 @@ def convert_state(content: object, where: str = "checkpoint") -> Converted:
     )
 
 
-def self_check(
-    source: Mapping[str, torch.Tensor],
-    model: Mapping[str, torch.Tensor],
-    shape: ResNetShape,
-    where: str = "checkpoint",
-) -> dict[str, float]:
-    """Compare the features of the detection trunk with those of the source network.
-
-    Args:
-        source: torchvision names; run by a functional forward pass, no model class.
-        model: Detectron2's names; loaded strictly into the embedded engine's trunk.
-    Returns: the largest absolute difference over res2..res5 of a random image, and the largest
-        one relative to the largest feature of its stage.
-    Raises: CheckpointError where the latter exceeds `SELF_CHECK_TOLERANCE`.
-    """
-    generator = torch_generator(0, "converter-self-check")
-    image = torch.randn(1, 3, *SELF_CHECK_SIZE, generator=generator)
-    with torch.no_grad():
-        wanted = torchvision_features(source, image, shape.depth)
-        given = _build_trunk(model, shape)(image)
-    absolute, relative = 0.0, 0.0
-    for stage, features in wanted.items():
-        scale = features.abs().max().item()
-        # NaN compares as false: asked this way round, it is refused too.
-        if not 0 < scale < float("inf"):
-            raise CheckpointError(
-                f"{where}: on a random image the features of {stage} are all zero or not finite "
-                f"(largest: {scale}); such a network transfers nothing; use another checkpoint"
-            )
-        difference = (given[stage] - features).abs().max().item()
-        if not difference <= SELF_CHECK_TOLERANCE * scale:
-            raise CheckpointError(
-                f"{where}: self-check failed, the converted {stage} differs by {difference:.3g} "
-                f"from the source's (largest feature {scale:.3g}, allowed: "
-                f"{SELF_CHECK_TOLERANCE:g} of it); nothing was written; report this as a bug"
-            )
-        absolute, relative = max(absolute, difference), max(relative, difference / scale)
-    return {"max_absolute_difference": absolute, "max_relative_difference": relative}
-
-
-def torchvision_features(
-    state: Mapping[str, torch.Tensor], image_BCHW: torch.Tensor, depth: int
-) -> dict[str, torch.Tensor]:
-    """Outputs of layer1..layer4 of torchvision's ResNet in eval mode, as res2..res5.
-
-    Source: He et al. 2016, table 1, with the stride in the 3x3 convolution as torchvision has it.
-    """
-
-    def conv_bn(x, conv: str, bn: str, stride: int = 1):
-        weight = state[f"{conv}.weight"]
-        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-        entries = (state[f"{bn}.{e}"] for e in ("running_mean", "running_var", "weight", "bias"))
-        return F.batch_norm(x, *entries, training=False, eps=1e-5)
-
-    x = F.relu(conv_bn(image_BCHW, "conv1", "bn1", stride=2))
-    x = F.max_pool2d(x, 3, stride=2, padding=1)
-    features = {}
-    for stage, num_blocks in enumerate(BLOCKS[depth], start=1):
-        for block in range(num_blocks):
-            at = f"layer{stage}.{block}."
-            stride = 2 if stage > 1 and block == 0 else 1
-            y = F.relu(conv_bn(x, f"{at}conv1", f"{at}bn1"))
-            y = F.relu(conv_bn(y, f"{at}conv2", f"{at}bn2", stride))
-            y = conv_bn(y, f"{at}conv3", f"{at}bn3")
-            if block == 0:
-                x = conv_bn(x, f"{at}downsample.0", f"{at}downsample.1", stride)
-            x = F.relu(x + y)
-        features[f"res{stage + 1}"] = x
-    return features
-
-
 def yaml_lines(
     shape: ResNetShape, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]
 ) -> list[str]:
@@ -328,7 +254,7 @@ def _check_arch(content: object, shape: ResNetShape, where: str) -> None:
     arch = content.get("arch") if isinstance(content, Mapping) else None
     if arch in [f"resnet{depth}" for depth in BLOCKS] and arch != shape.arch:
         raise CheckpointError(
-            f"{where}: its 'arch' says {arch}, its tensors are a {shape.arch}'s; the file is damaged"
+            f"{where}: its 'arch' is {arch}, its tensors are a {shape.arch}'s; it is damaged"
         )
 
 
@@ -346,20 +272,6 @@ def _pixel_statistics(content: object, where: str) -> tuple[tuple[float, ...], t
             "give a checkpoint of tools/pretrain.py"
         ) from error
     return mean, std
-
-
-def _build_trunk(model: Mapping[str, torch.Tensor], shape: ResNetShape) -> torch.nn.Module:
-    cfg = get_defaults()
-    options = cfg.MODEL.RESNETS
-    options.NORM, options.STRIDE_IN_1X1 = "BN", False
-    options.DEPTH, options.WIDTH_PER_GROUP = shape.depth, shape.width_per_group
-    options.STEM_OUT_CHANNELS = shape.stem_out_channels
-    options.RES2_OUT_CHANNELS = shape.res2_out_channels
-    with torch.device("meta"):  # no memory, and no random numbers drawn
-        trunk = feature_trunk(cfg)
-    counters = {n: torch.tensor(0) for n in trunk.state_dict() if n.endswith("num_batches_tracked")}
-    trunk.load_state_dict({**model, **counters}, strict=True, assign=True)
-    return trunk.eval()
 
 
 def _write_weights(out: Path, model: dict[str, torch.Tensor]) -> str:

@@ -113,7 +113,9 @@ def _model_of(content: object, path: str | os.PathLike) -> dict[str, torch.Tenso
 def _refuse_other_layouts(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
     for name in ("module.encoder_q.conv1.weight", "encoder_q.conv1.weight", "conv1.weight"):
         if name in tensors or f"module.{name}" in tensors:
-            raise CheckpointError(f"{path}: is a checkpoint ({name!r}), no weights; {_CONVERT_FIRST}")
+            raise CheckpointError(
+                f"{path}: is a checkpoint with {name!r}, not converted weights; {_CONVERT_FIRST}"
+            )
     if "conv1_w" in tensors or "res_conv1_bn_s" in tensors:
         raise CheckpointError(
             f"{path}: has Caffe2's names ('conv1_w', ...), which only Detectron2 renames; train "
@@ -126,6 +128,7 @@ def _match(
     names: list[str], tensors: Mapping[str, torch.Tensor], path: str | os.PathLike
 ) -> dict[str, str]:
     """Model name -> file name, each file name used exactly once."""
+    known = set(names)
     by_ending: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
@@ -134,7 +137,7 @@ def _match(
     sources: dict[str, str] = {}
     unexpected = []
     for source in tensors:
-        targets = [source] if source in names else by_ending.get(source, [])
+        targets = [source] if source in known else by_ending.get(source, [])
         if len(targets) > 1:
             raise CheckpointError(
                 f"{path}: {source!r} fits {len(targets)} tensors of the model: {_first(targets)}; "

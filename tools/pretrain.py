@@ -33,10 +33,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", required=True, help="run folder: checkpoints and logs")
     parser.add_argument(
         "--resume",
-        nargs="?",
-        const="auto",
+        action="store_true",
+        help="continue from the newest checkpoint of the run folder; start afresh if it has none",
+    )
+    parser.add_argument(
+        "--resume-from",
         metavar="FILE",
-        help="continue from the newest checkpoint of the run folder, or from FILE",
+        help="continue from this file, ours or the reference's, in a run folder without checkpoints",
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
@@ -52,7 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     try:
         output_dir = Path(args.output_dir)
-        trainer = Trainer(cfg, source, output_dir, process, resume=args.resume, say=say)
+        trainer = Trainer(
+            cfg,
+            source,
+            output_dir,
+            process,
+            resume=args.resume,
+            resume_from=args.resume_from,
+            say=say,
+        )
         say(
             f"{len(source)} images of {source.root}; {trainer.steps_per_epoch} steps an epoch, "
             f"{cfg.TRAIN.EPOCHS} epochs; {process.world_size} process(es) on {process.device.type}"

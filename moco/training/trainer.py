@@ -36,9 +36,9 @@ class Trainer:
 
     Args:
         source: the images; output_dir: where checkpoints go.
-        resume: None starts afresh and refuses a folder that holds a checkpoint; "auto" continues
-            from the newest verified one in `output_dir`, or starts afresh where there is none;
-            a path continues from that file.
+        resume: continue from the newest verified checkpoint in `output_dir`, or start afresh where
+            there is none. Without it a folder that holds a checkpoint is refused.
+        resume_from: where `output_dir` holds no checkpoint, continue from this file.
     Raises: ConfigError, CheckpointError before any image is read.
     """
 
@@ -49,7 +49,8 @@ class Trainer:
         output_dir: Path,
         process: ProcessInfo,
         *,
-        resume: str | None = None,
+        resume: bool = False,
+        resume_from: str | None = None,
         say: Callable[[str], None] = print,
     ):
         self.cfg, self.source, self.process, self.say = cfg, source, process, say
@@ -58,7 +59,7 @@ class Trainer:
         self.identity = state.RunIdentity.of(cfg, source, process.world_size)
         self.steps_per_epoch = self.identity.steps_per_epoch
         self.total_steps = cfg.TRAIN.EPOCHS * self.steps_per_epoch
-        checkpoint = self._find_checkpoint(resume)
+        checkpoint = self._find_checkpoint(resume, resume_from)
         torch.manual_seed(derive_seed(cfg.SEED, "init"))
         self.method: Method = build_method(cfg).to(process.device)
         if cfg.TRAIN.CHANNELS_LAST:
@@ -191,21 +192,19 @@ class Trainer:
             pin_memory=self.process.device.type == "cuda",
         )
 
-    def _find_checkpoint(self, resume: str | None) -> Path | None:
-        if resume not in (None, "auto"):
-            return Path(resume)
-        if resume is None:
-            found = ckpt.checkpoint_files(self.output_dir)
-            if found:
-                raise CheckpointError(
-                    f"{self.output_dir}: already holds {len(found)} checkpoints of a run; add "
-                    "--resume to continue it, or give another --output-dir"
-                )
-            return None
+    def _find_checkpoint(self, resume: bool, resume_from: str | None) -> Path | None:
+        found = ckpt.checkpoint_files(self.output_dir)
+        if found and not resume:
+            raise CheckpointError(
+                f"{self.output_dir}: already holds {len(found)} checkpoints of a run; add "
+                "--resume to continue it, or give another --output-dir"
+            )
         path, _, refused = ckpt.latest_verified(self.output_dir)
         for _, reason in refused:
             self.say(f"refused: {reason}")
-        if path is None:
+        if path is None and resume_from:
+            return Path(resume_from)
+        if path is None and resume:
             self.say(f"--resume: {self.output_dir} holds no verified checkpoint, starting afresh")
         return path
 

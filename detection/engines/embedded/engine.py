@@ -135,9 +135,7 @@ def _train_iterations(
         set_lr(optimizer, cfg, iteration)
         # RPN and ROI heads sample with torch's global generator.
         torch.manual_seed(derive_seed(run.seed, "detection-step", iteration, process.rank))
-        with torch.autocast(
-            process.device.type, dtype=torch.bfloat16, enabled=solver.AMP.ENABLED
-        ):
+        with torch.autocast(process.device.type, dtype=torch.bfloat16, enabled=solver.AMP.ENABLED):
             losses, problem = _losses(forward, batch)
         _stop_if_not_finite(problem, batch, iteration, lr_at(cfg, iteration), process)
         optimizer.zero_grad()

@@ -210,9 +210,7 @@ class Res5ROIHeads(nn.Module):
             targets = gt_boxes[nearest]
         is_background = classes == num_classes
         sampled = torch.cat(
-            sample_balanced(
-                ~is_background, is_background, self.num_sampled, self.positive_fraction
-            )
+            sample_balanced(~is_background, is_background, self.num_sampled, self.positive_fraction)
         )
         return Regions(boxes[sampled], classes[sampled], targets[sampled])
 

@@ -53,7 +53,7 @@ def records(tmp_path_factory):
 def make_cfg(**changes):
     cfg = get_defaults()
     cfg.SOLVER.IMS_PER_BATCH = 4
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (24, 28, 32), 45
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (24, 28, 32), 60
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 30, 40
     for key, value in changes.items():
         cfg.merge_from_list([key.replace("__", "."), value])
