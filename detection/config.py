@@ -11,6 +11,7 @@ Source of names and defaults: detectron2/config/defaults.py (Detectron2 0.6).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from moco.cfgnode import CfgNode, load_config
@@ -294,6 +295,7 @@ def load_detection_config(config_file: str | None, overrides: Sequence[str] = ()
     Returns: a frozen node. `MODEL.WEIGHTS ""` means random initialisation.
     Raises: ConfigError for what `moco.cfgnode.load_config` refuses, for a value in no
         `UNSUPPORTED` row, and for values that contradict each other.
+    Warns: of learning-rate steps beyond the last iteration, which Detectron2 ignores too.
     """
     overrides = list(overrides)
     cfg = load_config(get_defaults(), config_file, overrides)
@@ -307,6 +309,13 @@ def load_detection_config(config_file: str | None, overrides: Sequence[str] = ()
             )
     _check_model(cfg, where)
     _check_run(cfg, where)
+    late = [step for step in cfg.SOLVER.STEPS if step > cfg.SOLVER.MAX_ITER]
+    if late and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        warnings.warn(
+            f"{where}: SOLVER.STEPS {late} lie beyond SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} and do "
+            "nothing",
+            stacklevel=2,
+        )
     return cfg
 
 

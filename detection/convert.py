@@ -98,9 +98,9 @@ def convert_checkpoint(
             f"{out}: the output's suffix is {out.suffix!r}; allowed: .pth (tensors), .pkl (numpy)"
         )
     source, refused = _find_source(Path(source_path))
+    content = read_torch_file(source)
     if out.exists() and out.samefile(source):
         raise CheckpointError(f"{out}: is the source itself; give another output file")
-    content = read_torch_file(source)
     converted = convert_state(content, where=str(source))
     lines = yaml_lines(converted.shape, *_pixel_statistics(content, str(source)))
     figures = self_check(converted.source, converted.model, converted.shape, str(source))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +112,8 @@ def _origin(results: dict) -> str:
         f"- weights: {start}",
         f"- config digest: {results['config_digest']} (all keys in `config.yaml`)",
     ]
-    others = {_versions(t["versions"]) for t in results["trials"]} - {_versions(results["versions"])}
+    others = {_versions(trial["versions"]) for trial in results["trials"]}
+    others.discard(_versions(results["versions"]))
     if others:
         lines.append(f"- some trials ran with other versions: {'; '.join(sorted(others))}")
     return "\n".join(lines)
@@ -147,7 +147,7 @@ def write_plot(results: dict, published: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     comparable = is_comparable(results)
     rows = [row for row in published["rows"] if row["name"] in _PLOTTED_ROWS] if comparable else []
@@ -178,28 +178,34 @@ def _draw_panel(axes, results: dict, score: str, rows: Sequence[dict]) -> None:
     if mean is not None:
         place = results["num_trials"]
         axes.errorbar(place, mean, yerr=std, fmt="D", color="C3", capsize=5, zorder=3)
-    labelled: list[float] = []
-    for row in sorted(rows, key=lambda row: row[score]):
-        axes.axhline(row[score], linestyle="--", linewidth=0.9, color="0.45")
-        # Labels of close lines alternate sides.
-        close = labelled and math.isclose(labelled[-1], row[score], abs_tol=0.5)
-        epochs = f" {row['epochs']} ep" if row["epochs"] else ""
-        axes.annotate(
-            f"{row['name']}{epochs}: {row[score]}",
-            (1.0 if close else 0.0, row[score]),
-            xycoords=("axes fraction", "data"),
-            xytext=(-3 if close else 3, 2),
-            textcoords="offset points",
-            ha="right" if close else "left",
-            fontsize=7,
-            color="0.3",
-        )
-        labelled = [] if close else [row[score]]
     axes.set_xticks([*range(results["num_trials"]), results["num_trials"]])
     axes.set_xticklabels([*map(str, range(results["num_trials"])), "mean"])
     axes.set_xlabel("trial")
     axes.set_ylabel("percent")
     axes.grid(axis="y", alpha=0.2)
+    _draw_published(axes, score, rows)
+
+
+def _draw_published(axes, score: str, rows: Sequence[dict]) -> None:
+    """Dashed lines, each named at the right edge; names of close lines are moved apart."""
+    for row in rows:
+        axes.axhline(row[score], linestyle="--", linewidth=0.9, color="0.45")
+    low, high = axes.get_ylim()
+    lowest_free = low
+    for row in sorted(rows, key=lambda row: row[score]):
+        y = max(row[score], lowest_free)
+        lowest_free = y + 0.07 * (high - low)  # two lines of text
+        epochs = f"{row['epochs']} epochs: " if row["epochs"] else ""
+        axes.annotate(
+            f"{row['name']}\n{epochs}{row[score]}",
+            (1.0, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color="0.3",
+        )
 
 
 def _spread(results: dict, score: str) -> str:

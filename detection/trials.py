@@ -72,6 +72,7 @@ def prepare(
     """
     loaded = engine.check(cfg, eval_only=eval_only)
     data = check_and_load(cfg)
+    output_dir = _make_output_dir(cfg)
     path = cfg.MODEL.WEIGHTS
     weights = {"path": path, "sha256": sha256_of(path) if path else None}
     job = Job(
@@ -82,11 +83,22 @@ def prepare(
         weights=weights,
         config_digest=run_digest(cfg, weights["sha256"]),
         base_seed=max(cfg.SEED, 0),
-        output_dir=Path(cfg.OUTPUT_DIR),
+        output_dir=output_dir,
     )
     if process.is_main:
         _print_summary(job, why, loaded)
     return job
+
+
+def _make_output_dir(cfg: CfgNode) -> Path:
+    path = Path(cfg.OUTPUT_DIR).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {path}: cannot be created ({error.strerror}); give a folder that can"
+        ) from error
+    return path
 
 
 def _print_summary(job: Job, why: str, loaded: str) -> None:

@@ -23,8 +23,14 @@ from moco.errors import ConfigError
 class CfgNode(_FvcoreNode):
     """fvcore's node, constructed from keyword arguments or a dict."""
 
-    def __init__(self, init_dict: dict | None = None, **fields):
-        super().__init__({**(init_dict or {}), **fields})
+    def __init__(
+        self,
+        init_dict: dict | None = None,
+        key_list: list[str] | None = None,  # yacs passes these two when it builds child nodes
+        new_allowed: bool = False,
+        **fields,
+    ):
+        super().__init__({**(init_dict or {}), **fields}, key_list, new_allowed)
 
 
 def load_config(

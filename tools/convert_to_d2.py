@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detection.convert import SELF_CHECK_SIZE, convert_checkpoint  # noqa: E402
+from detection.convert import convert_checkpoint  # noqa: E402
+from detection.self_check import SELF_CHECK_SIZE  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 
 

@@ -201,8 +201,13 @@ class TrainLoader:
     def __init__(self, loader: torch.utils.data.DataLoader, num_filtered: int) -> None:
         self.num_filtered = num_filtered
         self._batches = iter(loader)
-        # Workers ignore SIGTERM, which is how Python ends them at exit, so they are ended before.
-        atexit.register(_close, weakref.ref(self))
+        # Workers ignore SIGTERM, by which torch and Python end those that are left. So they are
+        # ended in order: on close, when this object goes (its finalizer keeps the iterator out
+        # of a garbage cycle, where its queues would die first), and before Python's own exit.
+        has_workers = loader.num_workers > 0
+        self._end = weakref.finalize(self, _end_workers, self._batches if has_workers else None)
+        self._end.atexit = False
+        atexit.register(self._end)
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -212,12 +217,14 @@ class TrainLoader:
             raise StopIteration
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A worker that dies while it hands over a tensor shows as the latter two.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"training data: a worker process died ({' '.join(str(error).split())}); give more "
-                "memory or shared memory (docker: --shm-size), or set DATALOADER.NUM_WORKERS 0"
+                f"training data: a worker process died ({reason}); give more memory or shared "
+                "memory (docker: --shm-size), or set DATALOADER.NUM_WORKERS 0"
             ) from error
         for sample in batch:
             if isinstance(sample, DataError):
@@ -225,14 +232,14 @@ class TrainLoader:
         return batch
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes; the iterator is exhausted from then on."""
+        self._end()
         self._batches = None
 
 
-def _close(reference: weakref.ref[TrainLoader]) -> None:
-    loader = reference()
-    if loader is not None:
-        loader.close()
+def _end_workers(batches) -> None:
+    if batches is not None:
+        batches._shutdown_workers()  # what torch itself calls when it drops the iterator
 
 
 class _OwnShares:

@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 from detection.engines.embedded.anchors import AnchorGrid
 from detection.engines.embedded.resnet_c4 import STRIDE, channels
 from moco.cfgnode import CfgNode
+from moco.distributed import any_rank
 from moco.errors import NonFiniteError
 
 Sizes = list[tuple[int, int]]  # (height, width) of each image
@@ -92,7 +93,7 @@ class RPN(nn.Module):
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Proposals [P_i, 4] of each image, best first, and the losses ({} in test).
 
-        Raises: NonFiniteError in training, where a proposal is NaN or Inf.
+        Raises: NonFiniteError in training, on every rank, where a proposal of one is NaN or Inf.
         """
         logits, deltas = self.rpn_head(features_BCHW)
         anchors = self.anchor_generator(*features_BCHW.shape[-2:])
@@ -167,19 +168,22 @@ class RPN(nn.Module):
         scores, ranked = logits.topk(num_ranked, dim=1)
         deltas = deltas.gather(1, ranked[..., None].expand(-1, -1, 4))
         boxes = self.box_coder.decode_single(deltas.flatten(0, 1), anchors[ranked.flatten()])
+        boxes = boxes.view(-1, num_ranked, 4)
+        finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
+        # All ranks stop here together: one that went on would wait in a synchronised norm.
+        if self.training and any_rank(not bool(finite.all()), finite.device):
+            raise NonFiniteError(
+                f"RPN: {int((~finite).sum())} of {finite.numel()} proposals of this rank are NaN "
+                "or Inf; finite ones on every rank are needed to train; lower SOLVER.BASE_LR or "
+                "check the images"
+            )
         proposals = []
-        for boxes_i, scores_i, size in zip(
-            boxes.view(-1, num_ranked, 4), scores, image_sizes, strict=True
+        for boxes_i, scores_i, finite_i, size in zip(
+            boxes, scores, finite, image_sizes, strict=True
         ):
-            finite = torch.isfinite(boxes_i).all(dim=1) & torch.isfinite(scores_i)
-            if self.training and not finite.all():
-                raise NonFiniteError(
-                    f"RPN: {int((~finite).sum())} of {num_ranked} proposals are NaN or Inf; finite "
-                    "ones are needed to train; lower SOLVER.BASE_LR or check the images"
-                )
             boxes_i = clip_boxes_to_image(boxes_i, size)
-            keep = finite & (boxes_i[:, 2:] - boxes_i[:, :2] > self.min_box_size).all(dim=1)
-            boxes_i, scores_i = boxes_i[keep], scores_i[keep]
+            large = (boxes_i[:, 2:] - boxes_i[:, :2] > self.min_box_size).all(dim=1)
+            boxes_i, scores_i = boxes_i[finite_i & large], scores_i[finite_i & large]
             one_group = torch.zeros_like(scores_i, dtype=torch.int64)
             keep = batched_nms(boxes_i, scores_i, one_group, self.nms_threshold)
             proposals.append(boxes_i[keep[: self.post_nms_topk[in_test]]])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -70,9 +75,10 @@ def take(records, cfg, number, *, start=0, rank=0, world_size=1, num_workers=0, 
         world_size=world_size,
         num_workers=num_workers,
     )
-    batches = list(itertools.islice(loader, number))
-    loader.close()
-    return batches
+    try:
+        return list(itertools.islice(loader, number))
+    finally:
+        loader.close()
 
 
 def same(batches, others) -> bool:
@@ -237,8 +243,49 @@ def test_an_image_that_changed_size_is_refused(records):
         take(changed, make_cfg(), 1)
 
 
+def loader_with_worker(records):
+    """(loader, its one worker process), after the first batch."""
+    before = multiprocessing.active_children()
+    loader = train_loader(
+        records, make_cfg(), seed=0, start_iteration=0, rank=0, world_size=1, num_workers=1
+    )
+    next(loader)
+    (worker,) = (w for w in multiprocessing.active_children() if w not in before)
+    return loader, worker
+
+
+@pytest.mark.parametrize("way", ["close", "del", "cycle"])
+def test_workers_end_with_their_loader(records, way):
+    """Workers ignore SIGTERM, so they must end in order, out of a garbage cycle too."""
+    loader, worker = loader_with_worker(records)
+    os.kill(worker.pid, signal.SIGTERM)
+    next(loader)  # it goes on
+    begin = time.monotonic()
+    if way == "close":
+        loader.close()
+        assert list(loader) == []
+    elif way == "del":
+        del loader
+    else:
+        loader.itself = loader
+        del loader
+        gc.collect()
+    assert not worker.is_alive()
+    assert time.monotonic() - begin < 4  # torch waits 5 s before it gives up on a worker
+
+
+def test_a_dead_worker_is_one_line(records):
+    loader, worker = loader_with_worker(records)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="a worker process died .*NUM_WORKERS 0") as caught:
+        for _ in range(9):
+            next(loader)
+    assert "\n" not in str(caught.value)
+    loader.close()
+
+
 def test_workers_end_with_the_program(records):
-    """Workers ignore SIGTERM; a program that still holds its loader must end all the same."""
+    """A program that still holds its loader must end all the same."""
     code = (
         "import sys, json, itertools; sys.path[:0] = json.loads(sys.argv[2])\n"
         "from detection.config import get_defaults\n"
@@ -248,8 +295,6 @@ def test_workers_end_with_the_program(records):
         "                      world_size=1, num_workers=1)\n"
         "next(loader); print('read')\n"
     )
-    import json
-
     command = [sys.executable, "-c", code, json.dumps(records), json.dumps(sys.path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)

@@ -1,0 +1,30 @@
+"""Packaging of the MoCo v2 transfer benchmark: the packages `moco` and `detection`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moco-transfer-benchmark",
+    version="0.1.0",
+    description="MoCo v2 pretraining and its transfer to PASCAL VOC detection (R50-C4)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["moco", "moco.*", "detection", "detection.*"]),
+    package_data={"detection": ["published.yaml"]},
+    install_requires=[
+        "torch>=2.10",  # a security floor: fixes of code execution in weights-only loading
+        "torchvision>=0.25",
+        "fvcore>=0.1.5.post20221221",  # CfgNode and schedules, the ones Detectron2 uses
+        "numpy>=1.26",
+        "pillow>=10",
+        "PyYAML>=6",
+        "tensorboard>=2.14",
+        "tqdm>=4.60",
+        "matplotlib>=3.7",
+        "scipy>=1.11",  # Welch's interval in the report
+    ],
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"]},
+)

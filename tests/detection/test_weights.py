@@ -1,0 +1,249 @@
+"""Strict loading of weights into the embedded detector, and into Detectron2's."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from detection.config import load_detection_config
+from detection.convert import convert_checkpoint
+from detection.engines.embedded.faster_rcnn import build_model
+from detection.engines.embedded.resnet_c4 import feature_trunk
+from detection.keymap import ResNetShape
+from detection.weights import DECLARED_MISSING, LoadReport, load_backbone_weights, read_weights
+from moco.errors import CheckpointError
+
+TINY = ResNetShape(50, stem_out_channels=8, res2_out_channels=32, width_per_group=8)
+OVERRIDES = [
+    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "8"),
+    *("MODEL.ROI_HEADS.NAME", "Res5ROIHeadsExtraNorm", "MODEL.ROI_HEADS.NUM_CLASSES", "20"),
+]
+
+
+def detector(*overrides: str) -> torch.nn.Module:
+    return build_model(load_detection_config(None, [*OVERRIDES, *overrides]))
+
+
+def random_backbone() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    state = {n: torch.rand(s, generator=generator) for n, s in TINY.tensor_shapes().items()}
+    return {name: 0.1 * (t - 0.5) if t.dim() == 4 else t + 0.5 for name, t in state.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds source.pth (torchvision's names), w.pth and w.pkl."""
+    path = tmp_path_factory.mktemp("weights")
+    torch.save(random_backbone(), path / "source.pth")
+    convert_checkpoint(path / "source.pth", path / "w.pth")
+    convert_checkpoint(path / "source.pth", path / "w.pkl")
+    return path
+
+
+def changed(folder: Path, tmp_path: Path, **changes: torch.Tensor | None) -> Path:
+    """The converted file with entries replaced, added or (None) removed; `__` stands for a dot."""
+    model = read_weights(folder / "w.pth")
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        model.pop(name, None)
+        if value is not None:
+            model[name] = value
+    torch.save({"model": model}, tmp_path / "changed.pth")
+    return tmp_path / "changed.pth"
+
+
+def refused(model: torch.nn.Module, path: Path, match: str) -> None:
+    """Loading fails with one line, and leaves the model as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_backbone_weights(model, path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_pth_and_pkl_read_alike(folder):
+    tensors, arrays = read_weights(folder / "w.pth"), read_weights(folder / "w.pkl")
+    assert list(tensors) == list(arrays) and len(tensors) == 265
+    assert all(torch.equal(tensors[name], arrays[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_a_converted_backbone_in_the_detector(folder, suffix):
+    model = detector()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_backbone_weights(model, folder / f"w.{suffix}")
+    assert isinstance(report, LoadReport) and len(report.loaded) == 265
+    assert set(report.missing) == {
+        name
+        for name in before
+        if name.startswith(DECLARED_MISSING) and not name.endswith("num_batches_tracked")
+    }
+    assert len(report.missing) == 6 + 4 + 4
+    after, source = model.state_dict(), random_backbone()
+    for ours, theirs in (
+        ("backbone.stem.conv1.weight", "conv1.weight"),
+        ("backbone.res4.5.conv3.norm.running_var", "layer3.5.bn3.running_var"),
+        ("roi_heads.res5.0.shortcut.weight", "layer4.0.downsample.0.weight"),
+        ("roi_heads.res5.2.conv2.norm.bias", "layer4.2.bn2.bias"),
+    ):
+        assert torch.equal(after[ours], source[theirs])
+        assert not torch.equal(after[ours], before[ours])
+    assert all(torch.equal(after[name], before[name]) for name in report.missing)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "naiveSyncBN", "SyncBN"])
+def test_other_norms_hold_the_same_backbone(folder, norm):
+    model = detector("MODEL.RESNETS.NORM", norm)
+    assert len(load_backbone_weights(model, folder / "w.pth").loaded) == 265
+
+
+def test_without_the_extra_norm_nothing_of_it_is_missing(folder):
+    model = detector("MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
+    report = load_backbone_weights(model, folder / "w.pth")
+    assert len(report.missing) == 10 and not any("norm" in name for name in report.missing)
+
+
+def test_a_feature_trunk_lacks_nothing(folder):
+    trunk = feature_trunk(load_detection_config(None, OVERRIDES))
+    report = load_backbone_weights(trunk, folder / "w.pkl")
+    assert (len(report.loaded), report.missing) == (265, ())
+
+
+@pytest.mark.parametrize("extra", [{}, {"iteration": 5, "optimizer": {"state": {}}}])
+def test_a_fine_tuned_file_has_everything(extra, tmp_path):
+    torch.manual_seed(1)
+    trained, fresh = detector(), detector()
+    torch.save({"model": trained.state_dict(), **extra}, tmp_path / "model_final.pth")
+    report = load_backbone_weights(fresh, tmp_path / "model_final.pth")
+    assert (len(report.loaded), report.missing) == (333, ())
+    after = fresh.state_dict()
+    assert all(torch.equal(after[name], t) for name, t in trained.state_dict().items())
+
+
+def test_a_fine_tuned_file_without_part_of_its_head_is_refused(tmp_path):
+    model = detector()
+    state = {n: t for n, t in model.state_dict().items() if "box_predictor" not in n}
+    torch.save({"model": state}, tmp_path / "part.pth")
+    refused(model, tmp_path / "part.pth", r"lacks 4 tensors.*box_predictor\.cls_score\.weight")
+
+
+def test_a_fine_tuned_file_of_other_classes_is_refused(tmp_path):
+    other = detector("MODEL.ROI_HEADS.NUM_CLASSES", "3")
+    torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
+    match = r"cls_score\.weight' has shape \(4, 256\).*NUM_CLASSES"
+    refused(detector(), tmp_path / "other.pth", match)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(folder, tmp_path):
+    model = detector()
+    refused(
+        model,
+        changed(folder, tmp_path, res5__1__conv1__weight=None),
+        r"lacks 1 tensors of the model: roi_heads\.res5\.1\.conv1\.weight",
+    )
+    refused(
+        model,
+        changed(folder, tmp_path, res4__9__conv1__weight=torch.zeros(1)),
+        r"1 tensors fit nothing in the model: res4\.9\.conv1\.weight",
+    )
+    refused(
+        model,
+        changed(folder, tmp_path, stem__conv1__weight=torch.zeros(64, 3, 7, 7)),
+        r"'stem\.conv1\.weight' has shape \(64, 3, 7, 7\).*STEM_OUT_CHANNELS.*STRIDE_IN_1X1",
+    )
+    refused(
+        model,
+        changed(folder, tmp_path, stem__conv1__norm__bias=torch.zeros(8).long()),
+        r"'stem\.conv1\.norm\.bias' is torch\.int64",
+    )
+    refused(
+        model,
+        changed(folder, tmp_path, stem__conv1__norm__bias=torch.full((8,), float("inf"))),
+        r"'stem\.conv1\.norm\.bias' holds NaN or Inf",
+    )
+
+
+def test_ambiguous_and_doubled_names_are_refused(folder, tmp_path):
+    model = detector()
+    refused(
+        model,
+        changed(folder, tmp_path, norm__bias=torch.zeros(8)),
+        r"'norm\.bias' fits 54 tensors",
+    )
+    refused(
+        model,
+        changed(folder, tmp_path, backbone__stem__conv1__weight=torch.zeros(8, 3, 7, 7)),
+        r"both fit 'backbone\.stem\.conv1\.weight'",
+    )
+
+
+def test_names_match_by_whole_parts_only(folder, tmp_path):
+    path = changed(folder, tmp_path, tem__conv1__weight=torch.zeros(8, 3, 7, 7))
+    refused(detector(), path, r"fit nothing in the model: tem\.conv1\.weight")
+
+
+def test_another_depth_is_refused(folder):
+    refused(detector("MODEL.RESNETS.DEPTH", "101"), folder / "w.pth", "lacks 255 tensors.*DEPTH")
+
+
+def test_other_files_are_refused(folder, tmp_path):
+    model = detector()
+    moco = {"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(1)}}
+    torch.save(moco, tmp_path / "m.pth")
+    refused(model, tmp_path / "m.pth", "convert it first with tools/convert_to_d2.py")
+    refused(model, folder / "source.pth", "convert it first with tools/convert_to_d2.py")
+    torch.save({"model": {}}, tmp_path / "empty.pth")
+    refused(model, tmp_path / "empty.pth", "no dict of named tensors")
+    torch.save({"model": {"a": 1}}, tmp_path / "number.pth")
+    refused(model, tmp_path / "number.pth", "'a' is no tensor")
+    (tmp_path / "cut.pth").write_bytes((folder / "w.pth").read_bytes()[:-500])
+    refused(model, tmp_path / "cut.pth", "is not a readable checkpoint")
+    (tmp_path / "caffe2.pkl").write_bytes(pickle.dumps({"conv1_w": torch.zeros(1).numpy()}))
+    refused(model, tmp_path / "caffe2.pkl", "Caffe2.*--engine detectron2")
+    refused(model, tmp_path / "none.pth", "there is no such weights file")
+    (tmp_path / "text.pkl").write_bytes(pickle.dumps({"model": {"a": "b"}}))
+    refused(model, tmp_path / "text.pkl", "refused, the entry 'a' is no numeric array")
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_detectron2_loads_the_same_weights(folder, suffix, tmp_path):
+    pytest.importorskip("detectron2")
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model as build_d2_model
+
+    cfg = get_cfg()
+    cfg.MODEL.MASK_ON = False
+    overrides = list(OVERRIDES)
+    at = overrides.index("MODEL.ROI_HEADS.NAME")
+    del overrides[at : at + 2]  # the extra norm is a class of the benchmark, not of Detectron2
+    cfg.merge_from_list(overrides)
+    model = build_d2_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=str(tmp_path))
+    incompatible = {}
+    load_model = checkpointer._load_model
+
+    def recorded(checkpoint):
+        result = load_model(checkpoint)
+        incompatible["missing"] = set(result.missing_keys)
+        incompatible["unexpected"] = list(result.unexpected_keys)
+        incompatible["shapes"] = list(result.incorrect_shapes)
+        return result
+
+    checkpointer._load_model = recorded
+    checkpointer.load(str(folder / f"w.{suffix}"))
+    ours = detector("MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
+    report = load_backbone_weights(ours, folder / f"w.{suffix}")
+    counters = {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
+    assert incompatible["unexpected"] == incompatible["shapes"] == []
+    assert incompatible["missing"] - counters == set(report.missing)
+    theirs, own = model.state_dict(), ours.state_dict()
+    assert theirs.keys() == own.keys()
+    assert all(torch.equal(theirs[name], own[name]) for name in report.loaded)
+    assert not all(torch.equal(theirs[name], own[name]) for name in report.missing)
