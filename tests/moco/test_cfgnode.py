@@ -1,0 +1,62 @@
+"""Configuration: base files, types, digests, and errors that name the key."""
+
+import pytest
+
+from moco.cfgnode import CfgNode, digest, dump_yaml, load_config
+from moco.errors import ConfigError
+
+
+def defaults():
+    return CfgNode(A=CfgNode(QUEUE_SIZE=4, RATE=0.1, NAMES=("a",)), B="x")
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_base_file_then_file_then_command_line(tmp_path):
+    write(tmp_path / "base.yaml", "A: {QUEUE_SIZE: 5, RATE: 0.2}\nB: y\n")
+    child = write(tmp_path / "child.yaml", "_BASE_: base.yaml\nA: {RATE: 0.3}\n")
+    cfg = load_config(defaults(), child, ["B", "z"])
+    assert (cfg.A.QUEUE_SIZE, cfg.A.RATE, cfg.B) == (5, 0.3, "z")
+    with pytest.raises(AttributeError):
+        cfg.B = "frozen"
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("A: {QUEUE_SISE: 3}", [], "unknown key 'A.QUEUE_SISE' .did you mean 'QUEUE_SIZE'"),
+        ("C: 1", [], "unknown key 'C'. Known keys at the top: A, B"),
+        ("A: 3", [], "'A' is given as 3, a mapping of keys is needed"),
+        ("A: {QUEUE_SIZE: many}", [], "c.yaml.*QUEUE_SIZE"),
+        ("A: [", [], "not valid YAML"),
+        ("- 1", [], "holds a list"),
+        ("_BASE_: c.yaml", [], "refers back to itself"),
+        ("_BASE_: none.yaml", [], "none.yaml: cannot read"),
+        ("", ["A.RATE"], "KEY VALUE pairs are needed"),
+        ("", ["A.RAT", "1"], "command line: unknown key 'A.RAT'"),
+        ("", ["B.C", "1"], "'B' is given as"),
+        ("", ["A.QUEUE_SIZE", "1.5"], "command line: A.QUEUE_SIZE"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path, text, overrides, message):
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(defaults(), path, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_python_objects_in_yaml_are_not_made(tmp_path):
+    path = write(tmp_path / "c.yaml", "B: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(defaults(), path)
+
+
+def test_the_dump_reads_back_as_the_same_config(tmp_path):
+    cfg = load_config(defaults(), None, ["A.NAMES", "('b', 'c')"])
+    again = load_config(defaults(), write(tmp_path / "d.yaml", dump_yaml(cfg)))
+    assert digest(again) == digest(cfg)
+    assert digest(cfg) != digest(defaults())
+    assert digest(cfg, ["A.NAMES"]) == digest(defaults(), ["A.NAMES"])
