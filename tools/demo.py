@@ -9,9 +9,11 @@ network has ResNet-50's depth at a quarter of its width, so that 2 CPU cores fin
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,12 +22,17 @@ sys.path.insert(0, str(ROOT))
 
 from detection.data.shapes import make_shapes_dataset  # noqa: E402
 from detection.report import confidence_interval_of_difference  # noqa: E402
-from moco.errors import exit_on_error  # noqa: E402
+from moco.errors import MocoError, exit_on_error  # noqa: E402
 from moco.training.checkpoint import read_json, write_text_atomic  # noqa: E402
 from moco.training.progress import format_duration  # noqa: E402
 
-NUM_TRIALS = 5
 SCORES = ("AP50", "AP", "AP75")
+# --short checks that everything runs; its numbers mean nothing.
+SHORT_PRETRAIN = ["TRAIN.EPOCHS", "1"]
+SHORT_DETECTION = [
+    "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.WARMUP_ITERS", "1",
+    "TEST.PRECISE_BN.NUM_ITER", "2",
+]  # fmt: skip
 
 
 @exit_on_error
@@ -34,63 +41,93 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    output_dir = parser.parse_args(argv).output_dir
-    started = time.monotonic()
+    parser.add_argument("--short", action="store_true", help="a few steps only, to check that it runs")
+    args = parser.parse_args(argv)
+    output_dir, started = args.output_dir, time.monotonic()
     print(
         "Demo: generated shapes; ResNet-50's depth at a quarter of its width (stem 16, res2 64 "
         f"channels); everything goes to {output_dir}",
         flush=True,
     )
     data = output_dir / "shapes"
-    make_shapes_dataset(data, num_train=240, num_test=80, num_unlabelled=1200, seed=0)
-    steps = [
-        ["tools/pretrain.py", "--config-file", "configs/demo/pretrain.yaml", "--resume",
-         "--data", data / "unlabelled", "--output-dir", output_dir / "pretrain"],
-        ["tools/convert_to_d2.py", output_dir / "pretrain", output_dir / "moco_d2.pth"],
-        trials_command(data, output_dir / "moco_d2.pth", output_dir / "from_moco"),
-        trials_command(data, "", output_dir / "from_random"),
-    ]  # fmt: skip
-    for step in steps:
-        code = run(step)
-        if code:
-            print(f"demo: stopped by exit status {code} of {step[0]}", file=sys.stderr)
-            return code
-    results = {
-        "MoCo v2 weights": read_json(output_dir / "from_moco" / "results.json"),
-        "random initialisation": read_json(output_dir / "from_random" / "results.json"),
-    }
-    table = comparison(results)
+    sizes = (16, 8, 64) if args.short else (300, 80, 1000)
+    make_shapes_dataset(
+        data, num_train=sizes[0], num_test=sizes[1], num_unlabelled=sizes[2], seed=0
+    )
+    run([
+        "tools/pretrain.py", "--config-file", ROOT / "configs/demo/pretrain.yaml", "--resume",
+        "--data", data / "unlabelled", "--output-dir", output_dir / "pretrain",
+        *(SHORT_PRETRAIN if args.short else []),
+    ])  # fmt: skip
+    run(["tools/convert_to_d2.py", output_dir / "pretrain", output_dir / "moco_d2.pth"])
+    arms = {"from_moco": output_dir / "moco_d2.pth", "from_random": ""}
+    run(*(
+        [
+            "detection/train_net.py", "--config-file", ROOT / "configs/demo/detection.yaml",
+            "--trials", 2 if args.short else 5, "DATASETS.VOC_ROOT", data,
+            "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output_dir / name,
+            *(SHORT_DETECTION if args.short else []),
+        ]
+        for name, weights in arms.items()
+    ))  # fmt: skip
+    table = comparison(
+        {
+            "MoCo v2 weights": read_json(output_dir / "from_moco" / "results.json"),
+            "random initialisation": read_json(output_dir / "from_random" / "results.json"),
+        }
+    )
     write_text_atomic(output_dir / "comparison.md", f"{table}\n")
     print(f"\n{table}\n")
     print(f"pictures: {output_dir / 'from_moco' / 'trial_0' / 'pictures' / 'contact_sheet.png'}")
-    for name in ("from_moco", "from_random"):
+    for name in arms:
         print(f"report: {output_dir / name / 'results.md'}, {output_dir / name / 'results.png'}")
     print(f"demo finished in {format_duration(time.monotonic() - started)}")
     return 0
 
 
-def trials_command(data: Path, weights: Path | str, output_dir: Path) -> list:
-    return [
-        "detection/train_net.py", "--config-file", "configs/demo/detection.yaml",
-        "--trials", str(NUM_TRIALS), "DATASETS.VOC_ROOT", data, "MODEL.WEIGHTS", weights,
-        "OUTPUT_DIR", output_dir,
-    ]  # fmt: skip
+def run(*steps: list) -> None:
+    """Run command lines of the project side by side, sharing the cores; print what they print.
+
+    Raises: MocoError where one of them fails.
+    """
+    environment = dict(os.environ)
+    if len(steps) > 1:  # on a CPU two processes of half the threads are faster than one after one
+        threads = max(1, len(os.sched_getaffinity(0)) // len(steps))
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    running = []
+    for number, step in enumerate(steps, 1):
+        script, *arguments = map(str, step)
+        prefix = f"[{number}] " if len(steps) > 1 else ""
+        print(f"\n{prefix}$ python {shlex.join([script, *arguments])}", flush=True)
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(ROOT / script), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )  # fmt: skip
+        reader = threading.Thread(target=_echo, args=(process.stdout, prefix))
+        reader.start()
+        running.append((script, process, reader))
+    for _, process, reader in running:
+        process.wait()
+        reader.join()
+    for script, process, _ in running:
+        if process.returncode:
+            raise MocoError(
+                f"demo: {script} ended with status {process.returncode} (its lines are above); "
+                "start the demo again to go on from there"
+            )
 
 
-def run(step: list) -> int:
-    """Run one command line of the project from where the demo was started; its exit status."""
-    script, *arguments = map(str, step)
-    print(f"\n$ python {shlex.join([script, *arguments])}", flush=True)
-    arguments = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode
+def _echo(lines, prefix: str) -> None:
+    for line in lines:
+        print(f"{prefix}{line}", end="", flush=True)
 
 
 def comparison(results: dict[str, dict]) -> str:
     """Both rows with mean ± std, and the difference with its 95 % confidence interval (Welch)."""
-    lines = [f"| {NUM_TRIALS} trials each | AP50 | AP | AP75 |", "|---|---|---|---|"]
+    lines = ["| | AP50 | AP | AP75 | trials |", "|---|---|---|---|---|"]
     for name, result in results.items():
         cells = [f"{result['mean'][s]:.2f} ± {result['std'][s]:.2f}" for s in SCORES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {result['num_finished']} |")
     cells = []
     for score in SCORES:
         first, second = (
@@ -100,7 +137,7 @@ def comparison(results: dict[str, dict]) -> str:
         low, high = confidence_interval_of_difference(first, second)
         difference = sum(first) / len(first) - sum(second) / len(second)
         cells.append(f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]")
-    lines.append(f"| difference [95 % interval] | {' | '.join(cells)} |")
+    lines.append(f"| difference [95 % interval] | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
