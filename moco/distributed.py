@@ -49,14 +49,14 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
         raise DistributedError(f"device {device!r} is unknown; allowed: auto, cpu, cuda")
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise DistributedError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu")
+        raise DistributedError("device 'cuda' was asked for, torch sees no GPU; use --device cpu")
     use_cuda = has_cuda and device != "cpu"
     rank, world_size, local_rank = _read_rank_variables()
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(
-                f"rank {rank}: local rank {local_rank} needs {local_rank + 1} GPUs on this machine, "
-                f"torch sees {torch.cuda.device_count()}; lower --nproc-per-node"
+                f"rank {rank}: local rank {local_rank} needs {local_rank + 1} GPUs on this "
+                f"machine, torch sees {torch.cuda.device_count()}; lower --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -181,7 +181,7 @@ def _parse_dist_url(dist_url: str) -> tuple[str, int]:
 
 @torch.no_grad()
 def all_gather_cat(tensor: torch.Tensor) -> torch.Tensor:
-    """Tensors of all ranks joined along dim 0 in rank order; no gradient. Equal shapes are needed."""
+    """Tensors of all ranks joined along dim 0 in rank order; no gradient, equal shapes."""
     if world_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -231,7 +231,7 @@ def _own_part(indices: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def broadcast_state(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers (needed once with broadcast_buffers=False)."""
+    """Give all ranks rank 0's parameters and buffers (once, with broadcast_buffers=False)."""
     if world_size() == 1:
         return
     for tensor in module.state_dict().values():

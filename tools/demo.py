@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--short", action="store_true", help="a few steps only, to check that it runs")
+    parser.add_argument("--short", action="store_true", help="a few steps, to check that it runs")
     args = parser.parse_args(argv)
     output_dir, started = args.output_dir, time.monotonic()
     print(

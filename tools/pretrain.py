@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume-from",
         metavar="FILE",
-        help="continue from this file, ours or the reference's, in a run folder without checkpoints",
+        help="continue from this file, ours or the reference's, in an empty run folder",
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")

@@ -35,7 +35,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
@@ -80,7 +80,7 @@ def read_json(path: str | os.PathLike) -> object:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error}); remove or restore it") from error
+        raise CheckpointError(f"{path}: is no valid JSON ({error}); restore it") from error
 
 
 def sha256_of(path: str | os.PathLike) -> str:

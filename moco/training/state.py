@@ -79,7 +79,7 @@ def restore(
     needed = {"epoch", "arch", "state_dict", "optimizer"}
     if not isinstance(content, dict) or not needed <= content.keys():
         raise CheckpointError(
-            f"{path}: is not a pretraining checkpoint; it needs the keys {', '.join(sorted(needed))}"
+            f"{path}: is not a pretraining checkpoint; needed keys: {', '.join(sorted(needed))}"
         )
     extra = content.get("extra")
     if extra is not None:

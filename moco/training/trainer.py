@@ -71,6 +71,8 @@ class Trainer:
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity
             )
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
+        if self.first_step >= self.total_steps:
+            say("this run is finished; nothing is left to do")
         self.model: nn.Module = self.method
         if process.world_size > 1:
             # Buffers (the 32 MiB queue) are not sent in each forward: all ranks compute the same.

@@ -175,4 +175,4 @@ def test_a_split_that_names_a_missing_image_is_one_line(tmp_path):
         file.write("987654\n")
     done = run("detection/train_net.py", "--config-file", DETECTION, *TINY_C4,
                "DATASETS.VOC_ROOT", broken, "OUTPUT_DIR", tmp_path / "out")  # fmt: skip
-    assert_one_line(done, "987654", "train.txt")
+    assert_one_line(done, "JPEGImages/987654: image: missing")

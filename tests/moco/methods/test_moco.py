@@ -83,7 +83,8 @@ def test_loss_is_info_nce_of_the_updated_key_encoder():
 def test_only_the_query_encoder_gets_a_gradient():
     method = tiny()
     step(method)[2].loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.encoder_q.parameters())
+    gradients = [p.grad for p in method.encoder_q.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
     assert all(p.grad is None for p in method.encoder_k.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Backbones against torchvision's, split batch norm against separate batches, EMA in closed form."""
+"""Backbones against torchvision's, split batch norm against separate batches, EMA by formula."""
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ def test_same_seed_gives_torchvisions_weights_and_features():
     torch.manual_seed(3)
     theirs = torchvision.models.resnet18(num_classes=16).eval()
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     x = torch.randn(2, 3, 47, 33)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))

@@ -192,7 +192,7 @@ def test_changed_images_are_refused(uninterrupted, image_folder, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"TRAIN__BATCH_SIZE": 40, "MOCO__QUEUE_SIZE": 40}, "32 images do not fill one batch of 40"),
+        ({"TRAIN__BATCH_SIZE": 40, "MOCO__QUEUE_SIZE": 40}, "32 images do not fill one batch"),
         ({"MODEL__BN_SPLITS": 3}, "BN_SPLITS 3 does not divide the 8 images"),
     ],
 )
