@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from moco.cfgnode import CfgNode, load_config
+from moco.cfgnode import CfgNode, get_key, load_config
 from moco.errors import ConfigError
 
 EXTRA_KEYS = (
@@ -260,15 +260,9 @@ _DEFAULT_ONLY = (
 )
 
 
-def _lookup(tree: dict, dotted: str) -> object:
-    for part in dotted.split("."):
-        tree = tree[part]
-    return tree
-
-
 # Dotted key -> the values that are implemented.
 UNSUPPORTED: dict[str, tuple] = {
-    **{key: (_lookup(_DEFAULTS, key),) for key in _DEFAULT_ONLY},
+    **{key: (get_key(_DEFAULTS, key),) for key in _DEFAULT_ONLY},
     "MODEL.DEVICE": ("cuda", "cpu"),
     "MODEL.RESNETS.DEPTH": (50, 101, 152),
     "MODEL.RESNETS.NORM": _NORMS,
@@ -301,7 +295,7 @@ def load_detection_config(config_file: str | None, overrides: Sequence[str] = ()
     cfg = load_config(get_defaults(), config_file, overrides)
     where = " + ".join(filter(None, (config_file, "command line" if overrides else "")))
     for key, allowed in UNSUPPORTED.items():
-        value = _lookup(cfg, key)
+        value = get_key(cfg, key)
         if not any(_same(value, candidate) for candidate in allowed):
             raise ConfigError(
                 f"{where}: {key} is {value!r}, which this project does not implement; allowed: "

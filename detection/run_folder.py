@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS
-from moco.cfgnode import CfgNode, digest, to_dict
+from moco.cfgnode import CfgNode, digest, flatten, to_dict
 from moco.errors import CheckpointError
 from moco.training.checkpoint import MANIFEST_SUFFIX, read_json
 
@@ -69,8 +69,8 @@ def _differences(folder: Path, cfg: CfgNode) -> str:
     path = folder / "config.yaml"
     if not path.is_file():
         return "its config.yaml is missing, its config digest differs"
-    there = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    here = _flat(to_dict(cfg))
+    there = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    here = flatten(to_dict(cfg))
     keys = [k for k in sorted(there.keys() | here.keys()) if k not in NOT_IN_DIGEST]
     found = [
         f"{k} {there.get(k)} there, {here.get(k)} now" for k in keys if there.get(k) != here.get(k)
@@ -79,13 +79,3 @@ def _differences(folder: Path, cfg: CfgNode) -> str:
         return "the content of MODEL.WEIGHTS differs"
     rest = len(found) - _NUM_DIFFERENCES_SHOWN
     return "; ".join(found[:_NUM_DIFFERENCES_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

@@ -76,6 +76,24 @@ def to_dict(cfg: CfgNode) -> dict:
     return out
 
 
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested mappings as one mapping with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def get_key(cfg: CfgNode, dotted: str) -> object:
+    """The value of a dotted key."""
+    for part in dotted.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
 def digest(cfg: CfgNode, exclude: Sequence[str] = ()) -> str:
     """SHA-256 (first 16 hex digits) of the configuration, leaving out the dotted keys `exclude`."""
     tree = to_dict(cfg)

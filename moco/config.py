@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moco.cfgnode import CfgNode, load_config
+from moco.cfgnode import CfgNode, get_key, load_config
 from moco.errors import ConfigError
 
 # What may differ between a run and its continuation: none of it changes a number.
@@ -125,13 +125,6 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
             f"(TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}); the queue must be at least the global "
             "batch: raise the one or lower the other"
         )
-    return cfg
-
-
-def get_key(cfg: CfgNode, dotted: str) -> object:
-    """The value of a dotted key."""
-    for part in dotted.split("."):
-        cfg = cfg[part]
     return cfg
 
 

@@ -107,7 +107,7 @@ def versions() -> dict[str, str]:
 
 def _check_identity(path: Path, extra: dict, identity: RunIdentity) -> None:
     if extra["config_digest"] != identity.config_digest:
-        old, new = _flatten(extra["config"]), _flatten(identity.config)
+        old, new = cfgnode.flatten(extra["config"]), cfgnode.flatten(identity.config)
         excluded = tuple(f"{key}." for key in DIGEST_EXCLUDE)
         changed = [
             f"{key} {old.get(key)!r} -> {new.get(key)!r}"
@@ -148,13 +148,3 @@ def _check_state(path: Path, given: dict, needed: dict) -> None:
             f"{path}: its weights do not fit this model; {'; '.join(problems)}. Use the "
             "configuration it was made with"
         )
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

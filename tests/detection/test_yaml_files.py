@@ -21,7 +21,8 @@ def test_every_config_loads_and_is_headed_by_a_comment(path):
 def test_the_moco_config_holds_the_papers_values():
     cfg = load_detection_config(str(CONFIGS / "detection/pascal_voc_R_50_C4_24k_moco.yaml"))
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (24000, (18000, 22000))
-    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS) == (16, 0.02, 100)
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WARMUP_ITERS) == (16, 0.02, 100)
     assert cfg.INPUT.MIN_SIZE_TRAIN == tuple(range(480, 801, 32))
     assert cfg.INPUT.FORMAT == "RGB" and not cfg.MODEL.RESNETS.STRIDE_IN_1X1
     assert list(cfg.MODEL.PIXEL_STD) == [58.395, 57.12, 57.375]
