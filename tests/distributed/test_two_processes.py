@@ -1,5 +1,7 @@
 """Two gloo processes: shuffle BN, gathering, equal states, and what equals one process."""
 
+import signal
+
 import pytest
 import tiny
 import torch
@@ -145,6 +147,49 @@ def test_both_processes_hold_the_same_queue_and_weights(image_folder, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     content = ckpt.read_torch_file(tmp_path / "run" / "checkpoint_0001.pth.tar")
     assert torch.equal(content["state_dict"]["module.queue"], first["queue"])
+
+
+class _StopRank1:
+    """SIGTERM to one of the two processes only."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_step(self, record):
+        if record.step == 3 and self.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_epoch(self, record):
+        pass
+
+
+def _stop_and_resume(rank, images, folder):
+    process = ProcessInfo(rank, 2, rank, torch.device("cpu"))
+
+    def trainer(name):
+        return Trainer(
+            tiny.config(TRAIN__EPOCHS=2), find_images(images), folder / name, process,
+            resume=True, say=lambda line: None,
+        )  # fmt: skip
+
+    code = trainer("stopped").train([_StopRank1(rank)])
+    resumed = trainer("stopped")
+    first_step, whole = resumed.first_step, trainer("whole")
+    resumed.train()
+    whole.train()
+    same = all(
+        torch.equal(a, b)
+        for (name, a), b in zip(
+            resumed.method.state_dict().items(), whole.method.state_dict().values(), strict=True
+        )
+        if rank == 0 or "running" not in name
+    )
+    return code, first_step, same
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step_and_resumes_exactly(image_folder, tmp_path):
+    ranks = in_two_processes(_stop_and_resume, tmp_path, image_folder, tmp_path / "runs")
+    assert ranks == [(128 + signal.SIGTERM, 4, True)] * 2
 
 
 def _differ(rank):
