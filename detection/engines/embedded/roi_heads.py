@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn import smooth_l1_loss
 from torch import nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import RoIAlign, batched_nms, box_iou, clip_boxes_to_image
 
+from detection.engines.embedded.losses import smooth_l1_loss
 from detection.engines.embedded.norm import build_norm
 from detection.engines.embedded.resnet_c4 import STRIDE, build_head_res5, channels
 from detection.engines.embedded.rpn import Sizes, sample_balanced

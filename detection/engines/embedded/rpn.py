@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn import smooth_l1_loss
 from torch import nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from detection.engines.embedded.anchors import AnchorGrid
+from detection.engines.embedded.losses import smooth_l1_loss
 from detection.engines.embedded.resnet_c4 import STRIDE, channels
 from moco.cfgnode import CfgNode
 from moco.distributed import any_rank
