@@ -27,7 +27,7 @@ def draw_detections(
     classes: np.ndarray,
     class_names: Sequence[str],
     path: str | os.PathLike,
-    score_threshold: float = 0.5,
+    score_threshold: float = 0.3,
 ) -> Path:
     """Draw one image with its ground truth (green) and its detections (orange), with a legend.
 
@@ -51,7 +51,7 @@ def save_detection_pictures(
     class_names: Sequence[str],
     folder: str | os.PathLike,
     num_images: int = 6,
-    score_threshold: float = 0.5,
+    score_threshold: float = 0.3,
 ) -> list[Path]:
     """Write pictures of images spread evenly over the records, and one sheet of them all.
 

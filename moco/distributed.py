@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import hashlib
+import inspect
 import os
 import platform
 import socket
@@ -236,6 +237,20 @@ def broadcast_state(module: torch.nn.Module) -> None:
         return
     for tensor in module.state_dict().values():
         dist.broadcast(tensor, src=0)
+
+
+def data_parallel(module: torch.nn.Module, process: ProcessInfo) -> torch.nn.Module:
+    """DistributedDataParallel that sends no buffers in a forward (MoCo's queue has 32 MiB).
+
+    Call `broadcast_state` first: equal buffers then stay equal, since all ranks compute the same;
+    batch-norm statistics are each rank's own, as in the reference and in Detectron2.
+    """
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # torch >= 2.13 renames the option and warns about the old name.
+    names = inspect.signature(ddp.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    devices = [process.device] if process.device.type == "cuda" else None
+    return ddp(module, device_ids=devices, **{option: False})
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from moco.training import state
 from moco.training.optimizer import build_optimizer
 from moco.training.progress import EpochRecord, Observer, StepRecord
 from moco.training.schedule import learning_rate
+from moco.training.signals import caught_signals
 from moco.training.step import train_step
 
 # Evaluates the transfer encoder; called on rank 0 only, must not change it.
@@ -75,16 +75,15 @@ class Trainer:
             say("this run is finished; nothing is left to do")
         self.model: nn.Module = self.method
         if process.world_size > 1:
-            # Buffers (the 32 MiB queue) are not sent in each forward: all ranks compute the same.
             distributed.broadcast_state(self.method)
-            self.model = nn.parallel.DistributedDataParallel(self.method, broadcast_buffers=False)
+            self.model = distributed.data_parallel(self.method, process)
 
     def train(self, observers: Sequence[Observer] = (), evaluate: Evaluate | None = None) -> int:
         """Run to the last epoch, or to a SIGTERM or SIGINT.
 
         Returns: 0 when finished; 128 + the signal's number when stopped, with a checkpoint saved.
         """
-        with _caught_signals() as received:
+        with caught_signals() as received:
             stopped = self._run(observers, evaluate, received)
         if not stopped:
             return 0
@@ -157,6 +156,7 @@ class Trainer:
         epoch = self.last_step // self.steps_per_epoch
         # The reference names the file by the number of the epoch that was finished, from 0.
         name = f"checkpoint_{epoch - 1:04d}" if milestone else f"checkpoint_step_{self.last_step}"
+        self._check_ranks()
         if self.process.is_main:
             state.save(
                 self.output_dir / f"{name}.pth.tar",
@@ -172,6 +172,21 @@ class Trainer:
                 milestone=self.cfg.CHECKPOINT.MILESTONE * self.steps_per_epoch,
             )
         distributed.barrier()
+
+    def _check_ranks(self) -> None:
+        """Stop, naming the rank, where weights or queue differ between processes.
+
+        Batch-norm statistics are each process's own, as in the reference.
+        """
+        world = self.process.world_size
+        shared = {
+            **dict(self.method.named_parameters()),
+            **dict(self.method.named_buffers(recurse=False)),
+        }
+        distributed.check_equal_across_ranks(shared, f"step {self.last_step}", self.process.device)
+        if world > 1 and self.last_step == self.total_steps:
+            digest = distributed.tensors_digest(shared)[:16]
+            self.say(f"all {world} processes hold the same weights and queue (sha256 {digest})")
 
     def _build_loader(self):
         data = self.cfg.DATA
@@ -232,18 +247,3 @@ class Trainer:
                 "warning: one process and MODEL.BN_SPLITS 1: shuffle BN has no effect and the "
                 "loss can be lowered through batch statistics; MODEL.BN_SPLITS 8 imitates 8 GPUs"
             )
-
-
-@contextmanager
-def _caught_signals():
-    """Collects SIGTERM and SIGINT instead of dying of them, so that a step is never cut."""
-    received: list[int] = []
-    old = {
-        number: signal.signal(number, lambda signum, frame: received.append(signum))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

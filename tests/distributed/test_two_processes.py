@@ -192,6 +192,23 @@ def test_a_signal_to_one_process_stops_both_at_one_step_and_resumes_exactly(imag
     assert ranks == [(128 + signal.SIGTERM, 4, True)] * 2
 
 
+def _drift(rank, images, folder):
+    process = ProcessInfo(rank, 2, rank, torch.device("cpu"))
+    trainer = Trainer(
+        tiny.config(TRAIN__EPOCHS=1), find_images(images), folder, process, say=lambda line: None
+    )
+    with torch.no_grad():  # as a flipped bit or a skipped collective would
+        trainer.method.encoder_q.conv1.weight[0, 0, 0, 0] += 1e-3 * rank
+    with pytest.raises(DistributedError, match=r"step 4: ranks \[1\] differ from rank 0"):
+        trainer.train()
+    return True
+
+
+def test_a_rank_whose_state_drifts_stops_the_job_before_the_checkpoint(image_folder, tmp_path):
+    assert in_two_processes(_drift, tmp_path, image_folder, tmp_path / "run") == [True, True]
+    assert ckpt.checkpoint_files(tmp_path / "run") == []
+
+
 def _differ(rank):
     state = {"x": torch.zeros(3)}
     device = torch.device("cpu")

@@ -123,6 +123,7 @@ def test_torchrun_with_two_processes(image_folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es) on cpu" in done.stdout
+    assert "all 2 processes hold the same weights and queue" in done.stdout
     content = ckpt.read_torch_file(tmp_path / "checkpoint_0001.pth.tar")
     assert content["extra"]["world_size"] == 2
     assert torch.isfinite(content["state_dict"]["module.queue"]).all()

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detection.data.loader import test_samples, train_loader
 from detection.engines.base import FINAL_MODEL, Detections, Run, TrainingStopped
@@ -120,7 +119,7 @@ def _train_iterations(
         period=solver.PROGRESS_PERIOD,
         show=run.progress,
     )
-    forward = _wrap(model, process)
+    forward = model if process.world_size == 1 else distributed.data_parallel(model, process)
     batches = train_loader(
         run.data.train_records,
         cfg,
@@ -239,15 +238,6 @@ def _load_weights(model: GeneralizedRCNN, cfg: CfgNode, *, eval_only: bool) -> s
             f"e.g. {FINAL_MODEL} of a run"
         )
     return f"{path}: {len(report.loaded)} tensors loaded, {len(report.missing)} new ones"
-
-
-def _wrap(model: GeneralizedRCNN, process: ProcessInfo) -> nn.Module:
-    if process.world_size == 1:
-        return model
-    devices = [process.device] if process.device.type == "cuda" else None
-    # Batch norm buffers agree by construction (naiveSyncBN) or are each rank's own, as in
-    # Detectron2.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def amp_note(cfg: CfgNode, device: torch.device) -> str | None:
