@@ -44,7 +44,10 @@ def pretrain_arguments(images, folder, *flags, **changes):
             *tiny.overrides(**changes)]  # fmt: skip
 
 
-def digest(folder, name="checkpoint_0002.pth.tar"):
+LAST = "checkpoint_0011.pth.tar"  # of 12 epochs, long enough to be stopped in the middle
+
+
+def digest(folder, name):
     return tiny.state_digest(ckpt.read_torch_file(folder / name))
 
 
@@ -90,16 +93,17 @@ def uninterrupted(tmp_path_factory):
     data = make_shapes_dataset(
         base / "shapes", num_train=1, num_test=1, num_unlabelled=32, size=64, seed=0
     )
-    done = run("tools/pretrain.py", *pretrain_arguments(data / "unlabelled", base / "whole"))
+    done = run("tools/pretrain.py", *pretrain_arguments(
+        data / "unlabelled", base / "whole", TRAIN__EPOCHS=12))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return data / "unlabelled", digest(base / "whole")
+    return data / "unlabelled", digest(base / "whole", LAST)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
 def test_stopped_in_the_middle_and_restarted_is_bit_identical(uninterrupted, tmp_path, signum):
     images, expected = uninterrupted
     line = command("tools/pretrain.py", *pretrain_arguments(
-        images, tmp_path, "--resume", DATA__NUM_WORKERS=1))  # fmt: skip
+        images, tmp_path, "--resume", DATA__NUM_WORKERS=1, TRAIN__EPOCHS=12))  # fmt: skip
     process = subprocess.Popen(line, env=ENV, cwd="/", stdout=subprocess.PIPE, text=True)
     log = tmp_path / "log.jsonl"
     while process.poll() is None and not (log.exists() and '"step": 5,' in log.read_text()):
@@ -107,11 +111,11 @@ def test_stopped_in_the_middle_and_restarted_is_bit_identical(uninterrupted, tmp
     process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + 15), output
-    assert not (tmp_path / "checkpoint_0002.pth.tar").exists()
+    assert not (tmp_path / LAST).exists()
     done = subprocess.run(line, env=ENV, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stdout
-    assert digest(tmp_path) == expected
+    assert digest(tmp_path, LAST) == expected
 
 
 def test_torchrun_with_two_processes(image_folder, tmp_path):
