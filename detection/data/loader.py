@@ -11,6 +11,7 @@ A mode that replays Detectron2's own stream can be added beside `global_batches`
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import signal
 import weakref
@@ -195,6 +196,28 @@ def train_loader(
     return TrainLoader(loader, num_filtered=len(records) - len(kept))
 
 
+@contextlib.contextmanager
+def dead_worker_as_data_error() -> Iterator[None]:
+    """Turn torch's report of a dead worker into a DataError.
+
+    torch raises it from a signal handler: wherever the main thread is, not only in next().
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _dead_worker(error) from error
+
+
+def _dead_worker(error: Exception) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"training data: a worker process died ({reason}); give more memory or shared memory "
+        "(docker: --shm-size), or set DATALOADER.NUM_WORKERS 0"
+    )
+
+
 class TrainLoader:
     """An endless iterator of batches; `num_filtered` images without boxes were left out."""
 
@@ -216,16 +239,10 @@ class TrainLoader:
         if self._batches is None:
             raise StopIteration
         try:
-            batch = next(self._batches)
-        except (RuntimeError, EOFError, OSError) as error:
-            # A worker that dies while it hands over a tensor shows as the latter two.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"training data: a worker process died ({reason}); give more memory or shared "
-                "memory (docker: --shm-size), or set DATALOADER.NUM_WORKERS 0"
-            ) from error
+            with dead_worker_as_data_error():
+                batch = next(self._batches)
+        except (EOFError, OSError) as error:  # it died while it handed over a tensor
+            raise _dead_worker(error) from error
         for sample in batch:
             if isinstance(sample, DataError):
                 raise sample

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from detection.data.loader import test_samples, train_loader
+from detection.data.loader import dead_worker_as_data_error, test_samples, train_loader
 from detection.engines.base import FINAL_MODEL, Detections, Run, TrainingStopped
 from detection.engines.embedded.faster_rcnn import GeneralizedRCNN, build_model
 from detection.engines.embedded.precise_bn import update_bn_statistics
@@ -76,7 +76,7 @@ class EmbeddedEngine:
         if note := amp_note(cfg, process.device):
             _say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
-            with _stop_on_sigterm() as stop:
+            with _stop_on_sigterm() as stop, dead_worker_as_data_error():
                 _train_iterations(run, model, optimizer, start, stop)
         # Detectron2's hook order: precise statistics first, then the final checkpoint.
         if cfg.TEST.PRECISE_BN.ENABLED:

@@ -20,6 +20,7 @@ from PIL import Image
 from detection.config import get_defaults
 from detection.data.loader import (
     Augmentation,
+    dead_worker_as_data_error,
     global_batches,
     image_order,
     load_train_sample,
@@ -276,8 +277,9 @@ def test_workers_end_with_their_loader(records, way):
 
 def test_a_dead_worker_is_one_line(records):
     loader, worker = loader_with_worker(records)
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a worker process died .*NUM_WORKERS 0") as caught:
+    message = "a worker process died .*NUM_WORKERS 0"
+    with pytest.raises(DataError, match=message) as caught, dead_worker_as_data_error():
+        os.kill(worker.pid, signal.SIGKILL)
         for _ in range(9):
             next(loader)
     assert "\n" not in str(caught.value)
