@@ -6,10 +6,11 @@ Every message is one line that says where, what was given, what is allowed and w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_USER_ERROR = 2
 
@@ -36,6 +37,33 @@ class DistributedError(MocoError):
 
 class NonFiniteError(MocoError):
     """Training produced NaN or Inf; nothing was updated with it."""
+
+
+@contextlib.contextmanager
+def dead_worker_as_data_error(setting: str) -> Iterator[None]:
+    """Turn torch's report of a dead loader worker into a DataError.
+
+    torch raises it from a signal handler: wherever the main thread is, not only in next(). So the
+    whole training loop belongs inside.
+
+    Args:
+        setting: the config key of the number of workers, for the remedy.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise dead_worker_error(error, setting) from error
+
+
+def dead_worker_error(error: Exception, setting: str) -> DataError:
+    """The one line about a loader worker that died, torch's reason included."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"training data: a worker process died ({reason}); give more memory or shared memory "
+        f"(docker: --shm-size), or set {setting} 0"
+    )
 
 
 def exit_on_error(main: Callable[..., int | None]) -> Callable[..., None]:

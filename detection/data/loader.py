@@ -11,7 +11,6 @@ A mode that replays Detectron2's own stream can be added beside `global_batches`
 from __future__ import annotations
 
 import atexit
-import contextlib
 import itertools
 import signal
 import weakref
@@ -30,8 +29,10 @@ from detection.data.transforms import (
     transform_boxes,
 )
 from moco.cfgnode import CfgNode
-from moco.errors import ConfigError, DataError
+from moco.errors import ConfigError, DataError, dead_worker_as_data_error, dead_worker_error
 from moco.seeding import derive_seed, python_random, torch_generator
+
+WORKERS_KEY = "DATALOADER.NUM_WORKERS"
 
 # (position in the stream, index of the record)
 Draw = tuple[int, int]
@@ -196,28 +197,6 @@ def train_loader(
     return TrainLoader(loader, num_filtered=len(records) - len(kept))
 
 
-@contextlib.contextmanager
-def dead_worker_as_data_error() -> Iterator[None]:
-    """Turn torch's report of a dead worker into a DataError.
-
-    torch raises it from a signal handler: wherever the main thread is, not only in next().
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise _dead_worker(error) from error
-
-
-def _dead_worker(error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(
-        f"training data: a worker process died ({reason}); give more memory or shared memory "
-        "(docker: --shm-size), or set DATALOADER.NUM_WORKERS 0"
-    )
-
-
 class TrainLoader:
     """An endless iterator of batches; `num_filtered` images without boxes were left out."""
 
@@ -239,10 +218,10 @@ class TrainLoader:
         if self._batches is None:
             raise StopIteration
         try:
-            with dead_worker_as_data_error():
+            with dead_worker_as_data_error(WORKERS_KEY):
                 batch = next(self._batches)
         except (EOFError, OSError) as error:  # it died while it handed over a tensor
-            raise _dead_worker(error) from error
+            raise dead_worker_error(error, WORKERS_KEY) from error
         for sample in batch:
             if isinstance(sample, DataError):
                 raise sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, field
 
 import torch
@@ -21,9 +22,10 @@ class StepOutput:
     keys_ND: torch.Tensor | None = None
 
 
-class Method(nn.Module):
+class Method(nn.Module, abc.ABC):
     """Base of the mechanisms. All state is in parameters and persistent buffers."""
 
+    @abc.abstractmethod
     def forward(
         self,
         view_q_BCHW: torch.Tensor,
@@ -41,11 +43,10 @@ class Method(nn.Module):
             momentum: of the key encoder in this step.
             generator: draws of this step; equal on all processes.
         """
-        raise TypeError(f"{type(self).__name__} does not define forward")
 
     def after_step(self, output: StepOutput, index_B: torch.Tensor) -> None:
         """Store what later steps contrast against; called once the update is known to be finite."""
 
+    @abc.abstractmethod
     def transfer_encoder(self) -> nn.Module:
         """The encoder that kNN, linear classification and the converter read."""
-        raise TypeError(f"{type(self).__name__} does not define transfer_encoder")

@@ -16,7 +16,7 @@ from moco.data.augment import build_recipe
 from moco.data.images import ImageSource
 from moco.data.loader import build_pretrain_loader
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, ConfigError
+from moco.errors import CheckpointError, ConfigError, dead_worker_as_data_error
 from moco.methods import Method, build_method
 from moco.seeding import derive_seed
 from moco.training import checkpoint as ckpt
@@ -83,7 +83,7 @@ class Trainer:
 
         Returns: 0 when finished; 128 + the signal's number when stopped, with a checkpoint saved.
         """
-        with caught_signals() as received:
+        with caught_signals() as received, dead_worker_as_data_error("DATA.NUM_WORKERS"):
             stopped = self._run(observers, evaluate, received)
         if not stopped:
             return 0
@@ -96,7 +96,7 @@ class Trainer:
     def _run(self, observers, evaluate, received) -> bool:
         cfg = self.cfg
         loader = self._build_loader()
-        self.last_step = self.first_step
+        self.last_step = self.saved_step = self.first_step
         if self.first_step == 0:
             self._end_epoch(observers, evaluate)
         started, done = time.monotonic(), self.first_step
@@ -121,7 +121,8 @@ class Trainer:
                 self._end_epoch(observers, evaluate)
                 started, done = time.monotonic(), self.last_step
             if result.stop_requested and self.last_step < self.total_steps:
-                self._save(milestone=False)
+                if self.saved_step != self.last_step:
+                    self._save(milestone=False)
                 return True
         return False
 
@@ -143,8 +144,7 @@ class Trainer:
         epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
         if epoch and (epoch % self.cfg.CHECKPOINT.PERIOD == 0 or last):
             self._save(milestone=True)
-        period = self.cfg.KNN.PERIOD
-        metrics = {}
+        period, metrics = self.cfg.KNN.PERIOD, {}
         if evaluate and self.process.is_main and period and (epoch % period == 0 or last):
             metrics = evaluate(self.method.transfer_encoder())
         for observer in observers:
@@ -157,6 +157,7 @@ class Trainer:
         # The reference names the file by the number of the epoch that was finished, from 0.
         name = f"checkpoint_{epoch - 1:04d}" if milestone else f"checkpoint_step_{self.last_step}"
         self._check_ranks()
+        self.saved_step = self.last_step
         if self.process.is_main:
             state.save(
                 self.output_dir / f"{name}.pth.tar",
@@ -174,10 +175,7 @@ class Trainer:
         distributed.barrier()
 
     def _check_ranks(self) -> None:
-        """Stop, naming the rank, where weights or queue differ between processes.
-
-        Batch-norm statistics are each process's own, as in the reference.
-        """
+        """Stop where weights or queue differ between ranks; batch-norm statistics may."""
         world = self.process.world_size
         shared = {
             **dict(self.method.named_parameters()),

@@ -52,6 +52,7 @@ def test_low_scores_are_left_out(tmp_path):
 def test_boxes_at_the_edges(tmp_path, bbox):
     found = (np.array([bbox], np.float32), np.array([0.9]), np.array([1]))
     draw_detections(make_record(tmp_path), *found, NAMES, tmp_path / "x.png")
+    assert count(tmp_path / "x.png", ORANGE) > 0
 
 
 def test_folder_of_pictures(tmp_path):

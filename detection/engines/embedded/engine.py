@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from detection.data.loader import dead_worker_as_data_error, test_samples, train_loader
+from detection.data.loader import WORKERS_KEY, test_samples, train_loader
 from detection.engines.base import FINAL_MODEL, Detections, Run, TrainingStopped
 from detection.engines.embedded.faster_rcnn import GeneralizedRCNN, build_model
 from detection.engines.embedded.precise_bn import update_bn_statistics
@@ -35,7 +35,12 @@ from detection.weights import load_backbone_weights
 from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, ConfigError, NonFiniteError
+from moco.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    dead_worker_as_data_error,
+)
 from moco.seeding import derive_seed
 from moco.training.checkpoint import verify_manifest
 
@@ -76,7 +81,7 @@ class EmbeddedEngine:
         if note := amp_note(cfg, process.device):
             _say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
-            with _stop_on_sigterm() as stop, dead_worker_as_data_error():
+            with _stop_on_sigterm() as stop, dead_worker_as_data_error(WORKERS_KEY):
                 _train_iterations(run, model, optimizer, start, stop)
         # Detectron2's hook order: precise statistics first, then the final checkpoint.
         if cfg.TEST.PRECISE_BN.ENABLED:

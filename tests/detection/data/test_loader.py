@@ -19,15 +19,15 @@ from PIL import Image
 
 from detection.config import get_defaults
 from detection.data.loader import (
+    WORKERS_KEY,
     Augmentation,
-    dead_worker_as_data_error,
     global_batches,
     image_order,
     load_train_sample,
     test_samples,
     train_loader,
 )
-from moco.errors import ConfigError, DataError
+from moco.errors import ConfigError, DataError, dead_worker_as_data_error
 
 NUM_IMAGES = 7
 
@@ -278,7 +278,7 @@ def test_workers_end_with_their_loader(records, way):
 def test_a_dead_worker_is_one_line(records):
     loader, worker = loader_with_worker(records)
     message = "a worker process died .*NUM_WORKERS 0"
-    with pytest.raises(DataError, match=message) as caught, dead_worker_as_data_error():
+    with pytest.raises(DataError, match=message) as caught, dead_worker_as_data_error(WORKERS_KEY):
         os.kill(worker.pid, signal.SIGKILL)
         for _ in range(9):
             next(loader)

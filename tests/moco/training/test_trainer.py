@@ -1,6 +1,7 @@
 """The loop: exact resume from any step, refusals, observers that change nothing."""
 
 import json
+import multiprocessing
 import signal
 
 import pytest
@@ -8,7 +9,7 @@ import tiny
 import torch
 
 from moco.data.images import find_images
-from moco.errors import CheckpointError, ConfigError, NonFiniteError
+from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from moco.training import checkpoint as ckpt
 from moco.training.progress import JsonLog
 from moco.training.trainer import Trainer
@@ -70,6 +71,29 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, stop)
     assert resumed.first_step == stop + 1
     assert resumed.train() == 0
     assert digest(tmp_path) == expected
+
+
+def test_a_stop_at_an_epochs_end_writes_one_checkpoint(uninterrupted, tmp_path):
+    assert trainer(uninterrupted[0], tmp_path).train([StopAfter(3)]) == 128 + signal.SIGTERM
+    names = [path.name for path in ckpt.checkpoint_files(tmp_path)]
+    assert names == ["checkpoint_0000.pth.tar"]
+
+
+def test_a_killed_worker_is_one_line(uninterrupted, tmp_path):
+    run = trainer(uninterrupted[0], tmp_path, DATA__NUM_WORKERS=1)
+
+    class Kill:
+        def on_step(self, record):
+            for child in multiprocessing.active_children():
+                child.kill()
+                child.join()
+
+        def on_epoch(self, record):
+            pass
+
+    with pytest.raises(DataError, match="worker process died .*DATA.NUM_WORKERS 0") as caught:
+        run.train([Kill()])
+    assert "\n" not in str(caught.value)
 
 
 def test_resuming_from_an_epochs_end_equals_uninterrupted(uninterrupted, tmp_path):
