@@ -4,7 +4,8 @@ import textwrap
 
 import pytest
 
-from detection.config import EXTRA_KEYS, UNSUPPORTED, get_defaults, load_detection_config
+from detection.config import get_defaults, load_detection_config
+from detection.config_keys import EXTRA_KEYS, UNSUPPORTED
 from moco.errors import ConfigError
 
 

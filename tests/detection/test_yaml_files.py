@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from detection.config import EXTRA_KEYS, load_detection_config
+from detection.config import load_detection_config
+from detection.config_keys import EXTRA_KEYS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DETECTRON2_VALID = sorted(CONFIGS.glob("detection/*.yaml"))
