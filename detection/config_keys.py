@@ -17,6 +17,8 @@ EXTRA_KEYS = (
     "DATASETS.VOC_CLASSES",
     "DATASETS.VOC_METRIC",
     "TEST.ROUND_DETECTIONS",
+    "TEST.AMP.ENABLED",
+    "MODEL.CHANNELS_LAST",
     "SOLVER.PROGRESS_PERIOD",
 )
 
@@ -123,6 +125,7 @@ DEFAULTS = dict(
         MASK_ON=False,
         KEYPOINT_ON=False,
         LOAD_PROPOSALS=False,
+        CHANNELS_LAST=False,
         BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
         RESNETS=_RESNETS,
         ANCHOR_GENERATOR=dict(
@@ -179,6 +182,7 @@ DEFAULTS = dict(
             FLIP=True,
         ),
         PRECISE_BN=dict(ENABLED=False, NUM_ITER=200),
+        AMP=dict(ENABLED=False),
         ROUND_DETECTIONS=True,
     ),
     OUTPUT_DIR="./output",

@@ -40,6 +40,8 @@ def test_extra_keys_have_their_defaults():
         "DATASETS.VOC_CLASSES": (),
         "DATASETS.VOC_METRIC": 2007,
         "TEST.ROUND_DETECTIONS": True,
+        "TEST.AMP.ENABLED": False,
+        "MODEL.CHANNELS_LAST": False,
         "SOLVER.PROGRESS_PERIOD": 20,
     }
 

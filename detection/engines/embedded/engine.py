@@ -103,7 +103,8 @@ class EmbeddedEngine:
         detections = {}
         own = records[_own_part(len(records), run.process)]
         for number, sample in enumerate(test_samples(own, run.cfg), start=1):
-            found = model.inference([sample])[0]
+            with _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED):
+                found = model.inference([sample])[0]
             detections[sample["image_id"]] = tuple(
                 found[key].cpu().numpy() for key in ("boxes", "scores", "classes")
             )
@@ -139,7 +140,7 @@ def _train_iterations(
         set_lr(optimizer, cfg, iteration)
         # RPN and ROI heads sample with torch's global generator.
         torch.manual_seed(derive_seed(run.seed, "detection-step", iteration, process.rank))
-        with torch.autocast(process.device.type, dtype=torch.bfloat16, enabled=solver.AMP.ENABLED):
+        with _autocast(process, enabled=solver.AMP.ENABLED):
             losses, problem = _losses(forward, batch)
         _stop_if_not_finite(problem, batch, iteration, lr_at(cfg, iteration), process)
         optimizer.zero_grad()
@@ -162,6 +163,10 @@ def _train_iterations(
                 f"{path}; start the same command with --resume to continue there"
             )
     batches.close()
+
+
+def _autocast(process: ProcessInfo, *, enabled: bool) -> torch.autocast:
+    return torch.autocast(process.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _losses(forward: nn.Module, batch: list[dict]) -> tuple[dict[str, torch.Tensor], str | None]:

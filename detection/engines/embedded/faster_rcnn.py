@@ -30,11 +30,14 @@ class GeneralizedRCNN(nn.Module):
         roi_heads: Res5ROIHeads,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        channels_last: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
@@ -77,6 +80,7 @@ class GeneralizedRCNN(nn.Module):
         sizes = [tuple(image.shape[-2:]) for image in images]
         height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
         padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+        padded = padded.contiguous(memory_format=self.memory_format)
         for row, image in zip(padded, images, strict=True):
             row[:, : image.shape[1], : image.shape[2]] = image
         return padded, sizes
@@ -105,4 +109,5 @@ def build_model(cfg: CfgNode) -> GeneralizedRCNN:
         roi_heads=build_roi_heads(cfg),
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
+        channels_last=cfg.MODEL.CHANNELS_LAST,
     )

@@ -298,6 +298,27 @@ def test_amp_trains_and_differs_from_full_precision(shapes, finished, tmp_path):
     )
 
 
+def test_fast_settings_train_and_predict_close_to_full_precision(shapes, finished, tmp_path):
+    fast = {
+        "MODEL__CHANNELS_LAST": True,
+        "SOLVER__AMP__ENABLED": True,
+        "TEST__AMP__ENABLED": True,
+    }
+    run = make_run(shapes, tmp_path, **fast, **ONE_ITERATION)
+    EmbeddedEngine().train(run)
+    assert records(run)[0]["total_loss"] == pytest.approx(
+        records(finished)[0]["total_loss"], rel=0.1
+    )
+    best = []
+    weights = finished.output_dir / "model_final.pth"
+    for changes in ({}, fast):
+        run = make_run(shapes, tmp_path, eval_only=True, MODEL__WEIGHTS=weights, **changes)
+        detections = EmbeddedEngine().predict(run, run.data.test_records)
+        best.append(np.array([found[1].max() for found in detections.values()]))
+    assert not np.array_equal(*best)
+    np.testing.assert_allclose(*best, rtol=0.1)
+
+
 def test_few_lines_off_a_terminal(tmp_path, capsys):
     progress = Progress(tmp_path, start=0, end=90, period=2, show=True, stream=sys.stdout)
     for iteration in range(90):

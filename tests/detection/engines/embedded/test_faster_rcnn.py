@@ -186,3 +186,25 @@ def test_a_state_dict_round_trip_is_strict_and_complete(tiny_cfg, batch):
     other.load_state_dict(model.state_dict())
     first, second = model.eval()(batch), other.eval()(batch)
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(first, second, strict=True))
+
+
+def test_channels_last_computes_the_same_in_another_memory_order(tiny_cfg, batch):
+    models = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        models.append(build_model(tiny_cfg(MODEL__CHANNELS_LAST=channels_last)))
+    plain, other = models
+    weight = other.backbone.res4[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert plain.backbone.res4[0].conv2.weight.is_contiguous()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    images, _ = other.preprocess(batch)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, plain.preprocess(batch)[0])
+    # Sums in another order may turn a near tie of the NMS, so given proposals are compared.
+    losses = golden_losses(plain, batch)
+    for name, loss in golden_losses(other, batch).items():
+        torch.testing.assert_close(loss, losses[name], rtol=1e-4, atol=1e-6)
