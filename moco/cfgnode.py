@@ -72,8 +72,12 @@ def to_dict(cfg: CfgNode) -> dict:
         if isinstance(value, dict):
             out[key] = to_dict(value)
         else:
-            out[key] = list(value) if isinstance(value, tuple) else value
+            out[key] = _plain(value)
     return out
+
+
+def _plain(value: object) -> object:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

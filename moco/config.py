@@ -20,29 +20,48 @@ DIGEST_EXCLUDE = (
 )
 
 
+OWN_VALUE = -1.0  # of DATA.BLUR_PROBABILITY: what the recipe itself says
+
+
 def get_defaults() -> CfgNode:
     """The defaults tree: MoCo v2 for 200 epochs on ImageNet (paper, section 2)."""
     return CfgNode(
         METHOD="moco",
         SEED=0,
         MODEL=CfgNode(
-            ARCH="resnet50",
+            ARCH="resnet50",  # or resnet18, 34, 101, vit_small, vit_base
             WIDTH=1.0,  # factor on all channel counts; 1.0 is torchvision's network
-            STEM="imagenet",  # or "cifar": 3x3 convolution, no max-pool
-            HEAD="mlp",  # "mlp" (v2) or "linear" (v1)
+            STEM="imagenet",  # or "cifar": 3x3 convolution, no max-pool; a ViT's patches of 4
+            FREEZE_PATCHES=True,  # a ViT's patch projection stays random (v3, section 4.2)
+            HEAD="mlp",  # "mlp" (v2) or "linear" (v1); v3 has its own
             DIM=128,
             BN_SPLITS=1,  # groups batch norm sees in one process (8 imitates 8 GPUs)
+            NORM="BN",  # "BN" (each process its own images) or "SyncBN" (all images together)
         ),
         MOCO=CfgNode(
             QUEUE_SIZE=65536,
             MOMENTUM=0.999,
-            TEMPERATURE=0.2,
+            MOMENTUM_SCHEDULE="constant",  # or "cosine": by step from MOMENTUM to 1 (v3)
+            TEMPERATURE=0.2,  # of every mechanism's logits
+        ),
+        MOCO_V3=CfgNode(
+            HIDDEN_DIM=4096,  # of projector and predictor
+            PROJECTOR_LAYERS=3,
+            PREDICTOR_LAYERS=2,
+        ),
+        END_TO_END=CfgNode(
+            LOSS="info_nce",  # or "nt_xent": SimCLR's, over both views
+            SHARE_ENCODER=False,  # one encoder for queries and keys (SimCLR), or one each
+        ),
+        MEMORY_BANK=CfgNode(
+            NUM_NEGATIVES=65536,  # drawn from the bank in each step
+            MOMENTUM=0.5,  # of a stored feature when its image is seen again
         ),
         DATA=CfgNode(
-            RECIPE="v2",  # "v1" or "v2"
+            RECIPE="v2",  # "v1", "v2" or "v3"
             SIZE=224,
             CROP_SCALE=(0.2, 1.0),
-            BLUR_PROBABILITY=0.5,  # v1 has none: its config sets 0
+            BLUR_PROBABILITY=OWN_VALUE,  # of both views; -1: the recipe's own
             MEAN=(0.485, 0.456, 0.406),
             STD=(0.229, 0.224, 0.225),
             NUM_WORKERS=4,  # per process
@@ -51,9 +70,11 @@ def get_defaults() -> CfgNode:
             EPOCHS=200,
             BATCH_SIZE=256,  # global: over all processes and machines
             LR=0.03,
-            SCHEDULE="cosine",  # "cosine" (v2) or "step" (v1), both per epoch
+            OPTIMIZER="sgd",  # or "lars", "adamw" (v3)
+            SCHEDULE="cosine",  # per epoch: "cosine" (v2), "step" (v1); or "cosine_by_step" (v3)
             MILESTONES=(120, 160),  # epochs at which "step" multiplies the rate by 0.1
-            SGD_MOMENTUM=0.9,
+            WARMUP_EPOCHS=0,  # of "cosine_by_step"
+            SGD_MOMENTUM=0.9,  # of "sgd" and "lars"
             WEIGHT_DECAY=1e-4,
             AMP=False,  # bfloat16 autocast; logits, loss and weights stay float32
             CHANNELS_LAST=False,
@@ -80,19 +101,28 @@ def get_defaults() -> CfgNode:
 _CHOICES = {
     "MODEL.STEM": ("imagenet", "cifar"),
     "MODEL.HEAD": ("mlp", "linear"),
-    "DATA.RECIPE": ("v1", "v2"),
-    "TRAIN.SCHEDULE": ("cosine", "step"),
+    "MODEL.NORM": ("BN", "SyncBN"),
+    "END_TO_END.LOSS": ("info_nce", "nt_xent"),
+    "MOCO.MOMENTUM_SCHEDULE": ("constant", "cosine"),
+    "DATA.RECIPE": ("v1", "v2", "v3"),
+    "TRAIN.OPTIMIZER": ("sgd", "lars", "adamw"),
+    "TRAIN.SCHEDULE": ("cosine", "step", "cosine_by_step"),
     "KNN.FEATURES": ("backbone", "head"),
 }
 _AT_LEAST = {
     "MODEL.DIM": 1,
     "MODEL.BN_SPLITS": 1,
     "MOCO.QUEUE_SIZE": 1,
+    "MEMORY_BANK.NUM_NEGATIVES": 1,
+    "MOCO_V3.HIDDEN_DIM": 1,
+    "MOCO_V3.PROJECTOR_LAYERS": 1,
+    "MOCO_V3.PREDICTOR_LAYERS": 1,
     "DATA.SIZE": 1,
     "DATA.NUM_WORKERS": 0,
     "TRAIN.EPOCHS": 1,
     "TRAIN.BATCH_SIZE": 1,
     "TRAIN.WEIGHT_DECAY": 0,
+    "TRAIN.WARMUP_EPOCHS": 0,
     "CHECKPOINT.PERIOD": 1,
     "CHECKPOINT.KEEP_LAST": 1,
     "CHECKPOINT.MILESTONE": 0,
@@ -117,14 +147,13 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
         _require(where, key, get_key(cfg, key), get_key(cfg, key) >= least, f"{least} or more")
     for key in _POSITIVE:
         _require(where, key, get_key(cfg, key), get_key(cfg, key) > 0, "a number above 0")
-    momentum = cfg.MOCO.MOMENTUM
-    _require(where, "MOCO.MOMENTUM", momentum, 0 <= momentum < 1, "0 <= momentum < 1")
-    if cfg.MOCO.QUEUE_SIZE < cfg.TRAIN.BATCH_SIZE:
-        raise ConfigError(
-            f"{where}: MOCO.QUEUE_SIZE {cfg.MOCO.QUEUE_SIZE} does not hold the keys of one step "
-            f"(TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}); the queue must be at least the global "
-            "batch: raise the one or lower the other"
-        )
+    warmup, by_step = cfg.TRAIN.WARMUP_EPOCHS, cfg.TRAIN.SCHEDULE == "cosine_by_step"
+    last = cfg.TRAIN.EPOCHS - 1 if by_step else 0
+    allowed = "less than TRAIN.EPOCHS, and 0 unless TRAIN.SCHEDULE is cosine_by_step"
+    _require(where, "TRAIN.WARMUP_EPOCHS", warmup, warmup <= last, allowed)
+    for key in ("MOCO.MOMENTUM", "MEMORY_BANK.MOMENTUM"):
+        momentum = get_key(cfg, key)
+        _require(where, key, momentum, 0 <= momentum < 1, "0 <= momentum < 1")
     return cfg
 
 

@@ -190,6 +190,26 @@ def all_gather_cat(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return all_gather_cat(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = all_reduce_sum(gradient.contiguous().clone())
+        return gradient.view(world_size(), -1, *gradient.shape[1:])[rank()]
+
+
+def all_gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """`all_gather_cat` through which gradients flow.
+
+    A rank receives the sum of what all ranks' losses send to its part. So, averaged over ranks by
+    DistributedDataParallel, the gradient is that of the mean of the ranks' losses.
+    """
+    return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks, in place; returns the tensor."""
     if world_size() > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from moco.config import load_pretrain_config
 from moco.distributed import ProcessInfo, tensors_digest
 
@@ -36,9 +38,33 @@ def config(**changes: object):
     return load_pretrain_config(None, overrides(**changes))
 
 
-def alone() -> ProcessInfo:
-    import torch
+# What the tests run of each method; "method: variant" -> changes.
+VARIANTS = {
+    "moco": {},
+    "moco_symmetric": {},
+    "memory_bank": {"MEMORY_BANK__NUM_NEGATIVES": 20},
+    "end_to_end": {},
+    "end_to_end: SimCLR": {"END_TO_END__LOSS": "nt_xent", "END_TO_END__SHARE_ENCODER": True},
+    "moco_v3": {
+        "MODEL__BN_SPLITS": 1, "MOCO_V3__HIDDEN_DIM": 16, "MOCO__MOMENTUM_SCHEDULE": "cosine",
+        "MOCO__MOMENTUM": 0.99, "MOCO__TEMPERATURE": 1.0, "TRAIN__OPTIMIZER": "lars",
+        "TRAIN__LR": 0.5, "TRAIN__SCHEDULE": "cosine_by_step", "DATA__RECIPE": "v3",
+    },
+    "moco_v3: ViT": {
+        "MODEL__ARCH": "vit_small", "MODEL__BN_SPLITS": 1, "MOCO_V3__HIDDEN_DIM": 16,
+        "MOCO__MOMENTUM_SCHEDULE": "cosine", "TRAIN__OPTIMIZER": "adamw", "TRAIN__LR": 0.001,
+        "TRAIN__WEIGHT_DECAY": 0.1, "TRAIN__SCHEDULE": "cosine_by_step",
+        "DATA__RECIPE": "v3",
+    },
+}  # fmt: skip
 
+
+def method_config(variant: str, **changes: object):
+    method = variant.partition(":")[0]
+    return config(METHOD=method, **{**VARIANTS[variant], **changes})
+
+
+def alone() -> ProcessInfo:
     return ProcessInfo(0, 1, 0, torch.device("cpu"))
 
 
@@ -46,5 +72,6 @@ def state_digest(content: dict) -> str:
     """Digest over everything learned: encoders, batch-norm buffers, queue, pointer, optimizer."""
     tensors = dict(content["state_dict"])
     for index, entry in content["optimizer"]["state"].items():
-        tensors[f"optimizer.{index}"] = entry["momentum_buffer"]
+        for name, value in entry.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
     return f"{content['epoch']}-{content['extra']['step']}-{tensors_digest(tensors)}"

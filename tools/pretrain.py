@@ -19,8 +19,10 @@ from moco.config import load_pretrain_config  # noqa: E402
 from moco.data.images import find_images  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
+from moco.training.batch import check_batch  # noqa: E402
 from moco.training.checkpoint import write_text_atomic  # noqa: E402
 from moco.training.progress import ConsoleProgress, JsonLog, TensorBoardLog  # noqa: E402
+from moco.training.recipe import resolve_recipe  # noqa: E402
 from moco.training.trainer import Trainer  # noqa: E402
 
 
@@ -41,6 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="continue from this file, ours or the reference's, in an empty run folder",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the configuration means (batch, rate, negatives, memory) and stop",
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args(argv)
@@ -54,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     process = distributed.setup_process(args.device)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     try:
+        check_batch(cfg, source, process.world_size)
+        say(
+            resolve_recipe(cfg, num_images=len(source), world_size=process.world_size).text()
+        )
+        if args.dry_run:
+            return 0
         output_dir = Path(args.output_dir)
         trainer = Trainer(
             cfg,
@@ -65,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             say=say,
         )
         say(
-            f"{len(source)} images of {source.root}; {trainer.steps_per_epoch} steps an epoch, "
-            f"{cfg.TRAIN.EPOCHS} epochs; {process.world_size} process(es) on {process.device.type}"
+            f"{len(source)} images of {source.root}; {process.world_size} process(es) on "
+            f"{process.device.type}"
         )
         evaluate, observers = None, []
         if process.is_main:

@@ -1,4 +1,4 @@
-"""Augmentation recipes v1 and v2, the evaluation view, and normalisation.
+"""Augmentation recipes v1, v2 and v3, the evaluation view, and normalisation.
 
 A view is made in two steps. `sample_parameters` draws everything random about it, from an explicit
 generator; `apply_pil` computes its pixels from them, without any randomness. Other backends can
@@ -6,6 +6,9 @@ replace the second step and must then agree with it.
 
 The recipes are the reference's (facebookresearch/moco, main_moco.py and moco/loader.py):
 v1: crop - grey - jitter - flip;  v2: crop - jitter - grey - blur - flip.
+v3 (arXiv 2104.02057, appendix A, after BYOL, arXiv 2006.07733) treats the views unequally: crop -
+jitter - grey - blur - solarise - flip, always blurred in the first view, seldom in the second,
+which alone is solarised now and then.
 The operations are torchvision's on PIL images, so the pixels are the reference's too.
 """
 
@@ -46,6 +49,7 @@ class Recipe:
         grey_first: grey comes before the jitter (v1) or after it (v2).
         jitter: strengths of brightness, contrast, saturation and hue.
         blur_sigma: range of the blur's standard deviation, in pixels.
+        solarize_probability: of inverting all values from 128 on.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Recipe:
     blur_sigma: tuple[float, float]
     blur_probability: float
     flip_probability: float
+    solarize_probability: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -70,7 +75,7 @@ class Recipe:
         )
         low, high = self.blur_sigma
         self._require(0 <= low <= high < math.inf, "blur_sigma", "0 <= low <= high")
-        for field in ("jitter", "grey", "blur", "flip"):
+        for field in ("jitter", "grey", "blur", "flip", "solarize"):
             field = f"{field}_probability"
             self._require(0 <= getattr(self, field) <= 1, field, "a number from 0 to 1")
 
@@ -97,7 +102,25 @@ _RECIPES = {
         grey_probability=0.2,
         blur_probability=0.5,
     ),
+    "v3_first": dict(
+        grey_first=False,
+        jitter=(0.4, 0.4, 0.2, 0.1),
+        jitter_probability=0.8,
+        grey_probability=0.2,
+        blur_probability=1.0,
+    ),
+    "v3_second": dict(
+        grey_first=False,
+        jitter=(0.4, 0.4, 0.2, 0.1),
+        jitter_probability=0.8,
+        grey_probability=0.2,
+        blur_probability=0.1,
+        solarize_probability=0.2,
+    ),
 }
+# The recipes of the two views.
+VIEWS = {"v1": ("v1", "v1"), "v2": ("v2", "v2"), "v3": ("v3_first", "v3_second")}
+_SOLARIZE_FROM = 128
 
 
 def build_recipe(
@@ -112,7 +135,7 @@ def build_recipe(
     blur_probability: float | None = None,
     flip_probability: float = 0.5,
 ) -> Recipe:
-    """Recipe "v1" or "v2"; None keeps the recipe's own value.
+    """Recipe of one view, "v1", "v2", "v3_first" or "v3_second"; None keeps its own value.
 
     The reference's CIFAR demo is v2 with size 32, crop_scale (0.08, 1) and blur_probability 0.
 
@@ -138,6 +161,17 @@ def build_recipe(
     )
 
 
+def build_view_recipes(name: str, **options) -> tuple[Recipe, Recipe]:
+    """The recipes of both views of "v1", "v2" or "v3"; `options` as of `build_recipe`.
+
+    Raises: ConfigError for an unknown name or a value out of range.
+    """
+    if name not in VIEWS:
+        raise ConfigError(f"augmentation recipe {name!r} is unknown; allowed: {', '.join(VIEWS)}")
+    first, second = VIEWS[name]
+    return build_recipe(first, **options), build_recipe(second, **options)
+
+
 @dataclass(frozen=True)
 class ViewParameters:
     """Everything random about one view.
@@ -158,6 +192,7 @@ class ViewParameters:
     grey_first: bool
     blur_sigma: float | None
     flip: bool
+    solarize: bool = False
 
 
 def sample_parameters(
@@ -166,7 +201,8 @@ def sample_parameters(
     """Draw one view of an image of `width` x `height` pixels.
 
     Every value is drawn whether or not it is used, and the crop, whose number of draws varies,
-    comes last. So switching one operation off changes nothing about the others.
+    comes after the others. So switching one of them off changes nothing about the rest. (Solarising
+    was added after the crop, which left the draws of v1 and v2 as they were.)
     """
     jitter = _sample_jitter(recipe, rng)
     use_jitter = rng.random() < recipe.jitter_probability
@@ -185,6 +221,7 @@ def sample_parameters(
         grey_first=recipe.grey_first,
         blur_sigma=sigma if use_blur else None,
         flip=flip,
+        solarize=rng.random() < recipe.solarize_probability,
     )
 
 
@@ -239,6 +276,8 @@ def apply_pil(image: Image.Image, parameters: ViewParameters, size: int) -> Imag
     if p.blur_sigma is not None:
         # PIL calls the standard deviation "radius".
         image = image.filter(ImageFilter.GaussianBlur(radius=p.blur_sigma))
+    if p.solarize:
+        image = functional.solarize(image, _SOLARIZE_FROM)
     return functional.hflip(image) if p.flip else image
 
 

@@ -31,11 +31,14 @@ class TwoViews(Dataset):
     """`dataset[(epoch, index)]` -> (view_q, view_k, index), views uint8 [3, size, size].
 
     Each view's draws depend on (seed, epoch, index, view) alone.
+
+    Args:
+        recipe: of both views, or one for each.
     """
 
-    def __init__(self, source: ImageSource, recipe: Recipe, seed: int):
+    def __init__(self, source: ImageSource, recipe: Recipe | tuple[Recipe, Recipe], seed: int):
         self.source = source
-        self.recipe = recipe
+        self.recipes = recipe if isinstance(recipe, tuple) else (recipe, recipe)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -46,8 +49,8 @@ class TwoViews(Dataset):
 
     def _view(self, image, epoch: int, index: int, view: int) -> torch.Tensor:
         rng = seeding.python_random(self.seed, "augment", epoch, index, view)
-        parameters = sample_parameters(self.recipe, rng, *image.size)
-        return to_uint8_CHW(apply_pil(image, parameters, self.recipe.size))
+        parameters = sample_parameters(self.recipes[view], rng, *image.size)
+        return to_uint8_CHW(apply_pil(image, parameters, self.recipes[view].size))
 
 
 class OneView(Dataset):
@@ -81,7 +84,7 @@ class OneView(Dataset):
 
 def build_pretrain_loader(
     source: ImageSource,
-    recipe: Recipe,
+    recipe: Recipe | tuple[Recipe, Recipe],
     *,
     seed: int,
     global_batch: int,
@@ -97,6 +100,8 @@ def build_pretrain_loader(
     A batch is (view_q, view_k, index): uint8 [B, 3, size, size] twice and int64 [B], with
     B = global_batch / world_size. The number of workers changes no pixel.
 
+    Args:
+        recipe: of both views, or one for each.
     Raises: ConfigError at once for a batch that does not fit (see EpochStream); DataError while
         iterating, in this process, for an unreadable image.
     """

@@ -23,7 +23,13 @@ class StepOutput:
 
 
 class Method(nn.Module, abc.ABC):
-    """Base of the mechanisms. All state is in parameters and persistent buffers."""
+    """Base of the mechanisms. All state is in parameters and persistent buffers.
+
+    shuffles_keys: whether keys are computed in a shuffled batch (shuffle BN). Then batch norm has
+        to see groups of the global batch: several processes, or MODEL.BN_SPLITS.
+    """
+
+    shuffles_keys = False
 
     @abc.abstractmethod
     def forward(
@@ -46,6 +52,10 @@ class Method(nn.Module, abc.ABC):
 
     def after_step(self, output: StepOutput, index_B: torch.Tensor) -> None:
         """Store what later steps contrast against; called once the update is known to be finite."""
+
+    @abc.abstractmethod
+    def count_negatives(self, global_batch: int) -> int:
+        """How many negatives a query is told apart from, in a step of `global_batch` images."""
 
     @abc.abstractmethod
     def transfer_encoder(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from moco.errors import ConfigError
+from moco.models.norm import choose_norm
 
 # architecture -> (block, blocks in layer1..4)
 ARCHITECTURES = {
@@ -19,46 +19,6 @@ ARCHITECTURES = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that normalises `num_splits` groups of the batch separately.
-
-    It gives one process the statistics several GPUs would have, which shuffle BN needs (MoCo v1,
-    section 3.3). Sample i belongs to group i % num_splits. In evaluation it is plain batch norm;
-    the running statistics are the mean of the groups'.
-    """
-
-    def __init__(self, num_features: int, *, num_splits: int):
-        super().__init__(num_features)
-        self.num_splits = num_splits
-
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x_BCHW)
-        batch, channels, height, width = x_BCHW.shape
-        splits = self.num_splits
-        if batch % splits:
-            raise ConfigError(
-                f"MODEL.BN_SPLITS {splits} does not divide the {batch} images of a process; "
-                "choose a divisor"
-            )
-        self.num_batches_tracked += 1
-        mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
-        y = nn.functional.batch_norm(
-            x_BCHW.reshape(batch // splits, splits * channels, height, width),
-            mean,
-            var,
-            self.weight.repeat(splits),
-            self.bias.repeat(splits),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        with torch.no_grad():
-            self.running_mean.copy_(mean.view(splits, channels).mean(0))
-            self.running_var.copy_(var.view(splits, channels).mean(0))
-        return y.reshape(batch, channels, height, width)
 
 
 class ResNet(torchvision.models.ResNet):
@@ -117,22 +77,21 @@ def build_backbone(
     width: float = 1.0,
     stem: str = "imagenet",
     bn_splits: int = 1,
+    norm: str = "BN",
 ) -> ResNet:
     """A ResNet whose `fc` has `num_classes` outputs.
 
     Args:
         width: factor on all channel counts; 64 * width must be a whole number.
-        bn_splits: groups that batch norm normalises separately (`SplitBatchNorm2d`).
+        bn_splits, norm: see `choose_norm`.
     Raises: ConfigError for an unknown architecture or a width that gives fractions.
     """
     if arch not in ARCHITECTURES:
         raise ConfigError(f"MODEL.ARCH is {arch!r}; allowed: {', '.join(ARCHITECTURES)}")
     if 64 * width != round(64 * width) or width <= 0:
         raise ConfigError(f"MODEL.WIDTH is {width}; allowed: multiples of 1/64 above 0")
-    norm_layer = nn.BatchNorm2d
-    if bn_splits > 1:
-        norm_layer = functools.partial(SplitBatchNorm2d, num_splits=bn_splits)
     block, layers = ARCHITECTURES[arch]
+    norm_layer = choose_norm(norm, bn_splits)
     return ResNet(
         block, layers, num_classes=num_classes, width=width, stem=stem, norm_layer=norm_layer
     )

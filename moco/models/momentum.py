@@ -19,6 +19,8 @@ def ema_update_(key: nn.Module, query: nn.Module, momentum: float) -> None:
 
     Batch-norm buffers are not averaged: the key encoder keeps its own statistics. The two
     products are rounded before the sum, as in the reference, so results are bitwise equal to it.
+    A frozen parameter is equal in both encoders and left alone, or rounding would move it.
     """
     for param_k, param_q in zip(key.parameters(), query.parameters(), strict=True):
-        param_k.mul_(momentum).add_(param_q * (1.0 - momentum))
+        if param_q.requires_grad:
+            param_k.mul_(momentum).add_(param_q * (1.0 - momentum))

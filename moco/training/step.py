@@ -33,6 +33,7 @@ def train_step(
     *,
     step: int,
     lr: float,
+    momentum: float,
     cfg: CfgNode,
     process: ProcessInfo,
     stop_requested: bool = False,
@@ -43,6 +44,7 @@ def train_step(
         model: `method`, or its DistributedDataParallel wrapper.
         batch: (view_q, view_k, index), uint8 [B, 3, H, W] twice and int64 [B].
         step: number of the step, from 0; with the seed it determines the step's draws.
+        lr, momentum: of the optimizer and of the key encoder in this step.
         stop_requested: whether this process received a signal; shared with all others.
     Raises: NonFiniteError on all processes, before any update, where the loss of one is NaN or Inf.
     """
@@ -52,9 +54,7 @@ def train_step(
     view_q, view_k = (_to_input(view, cfg) for view in (view_q, view_k))
     generator = torch_generator(cfg.SEED, "method-step", step)
     with torch.autocast(process.device.type, dtype=torch.bfloat16, enabled=cfg.TRAIN.AMP):
-        output = model(
-            view_q, view_k, index, momentum=cfg.MOCO.MOMENTUM, generator=generator
-        )
+        output = model(view_q, view_k, index, momentum=momentum, generator=generator)
     optimizer.zero_grad(set_to_none=True)
     output.loss.backward()
     loss = output.loss.detach()

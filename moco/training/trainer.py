@@ -12,18 +12,20 @@ import torch.nn as nn
 
 from moco import distributed
 from moco.cfgnode import CfgNode
-from moco.data.augment import build_recipe
+from moco.config import OWN_VALUE
+from moco.data.augment import build_view_recipes
 from moco.data.images import ImageSource
 from moco.data.loader import build_pretrain_loader
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, ConfigError, dead_worker_as_data_error
+from moco.errors import CheckpointError, dead_worker_as_data_error
 from moco.methods import Method, build_method
 from moco.seeding import derive_seed
 from moco.training import checkpoint as ckpt
 from moco.training import state
+from moco.training.batch import check_batch
 from moco.training.optimizer import build_optimizer
 from moco.training.progress import EpochRecord, Observer, StepRecord
-from moco.training.schedule import learning_rate
+from moco.training.schedule import step_values
 from moco.training.signals import caught_signals
 from moco.training.step import train_step
 
@@ -55,13 +57,13 @@ class Trainer:
     ):
         self.cfg, self.source, self.process, self.say = cfg, source, process, say
         self.output_dir = output_dir
-        self._check_batch()
+        check_batch(cfg, source, process.world_size)
         self.identity = state.RunIdentity.of(cfg, source, process.world_size)
         self.steps_per_epoch = self.identity.steps_per_epoch
         self.total_steps = cfg.TRAIN.EPOCHS * self.steps_per_epoch
         checkpoint = self._find_checkpoint(resume, resume_from)
         torch.manual_seed(derive_seed(cfg.SEED, "init"))
-        self.method: Method = build_method(cfg).to(process.device)
+        self.method: Method = build_method(cfg, len(source)).to(process.device)
         if cfg.TRAIN.CHANNELS_LAST:
             self.method.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(cfg, self.method)
@@ -102,13 +104,12 @@ class Trainer:
         started, done = time.monotonic(), self.first_step
         for step, batch in enumerate(loader, start=self.first_step):
             epoch = step // self.steps_per_epoch
-            lr = learning_rate(
-                cfg.TRAIN.SCHEDULE, cfg.TRAIN.LR, epoch, cfg.TRAIN.EPOCHS, cfg.TRAIN.MILESTONES
-            )
+            lr, momentum = step_values(cfg, step, self.steps_per_epoch)
             self.method.train()
             result = train_step(
                 self.model, self.method, self.optimizer, batch,
-                step=step, lr=lr, cfg=cfg, process=self.process, stop_requested=bool(received),
+                step=step, lr=lr, momentum=momentum, cfg=cfg, process=self.process,
+                stop_requested=bool(received),
             )  # fmt: skip
             self.last_step = step + 1
             if self.last_step % cfg.LOG.PERIOD == 0 or self.last_step == self.total_steps:
@@ -188,15 +189,16 @@ class Trainer:
 
     def _build_loader(self):
         data = self.cfg.DATA
-        recipe = build_recipe(
+        blur = data.BLUR_PROBABILITY
+        recipes = build_view_recipes(
             data.RECIPE,
             size=data.SIZE,
             crop_scale=data.CROP_SCALE,
-            blur_probability=data.BLUR_PROBABILITY,
+            blur_probability=None if blur == OWN_VALUE else blur,
         )
         return build_pretrain_loader(
             self.source,
-            recipe,
+            recipes,
             seed=self.cfg.SEED,
             global_batch=self.cfg.TRAIN.BATCH_SIZE,
             rank=self.process.rank,
@@ -222,26 +224,3 @@ class Trainer:
         if path is None and resume:
             self.say(f"--resume: {self.output_dir} holds no verified checkpoint, starting afresh")
         return path
-
-    def _check_batch(self) -> None:
-        train, model, world = self.cfg.TRAIN, self.cfg.MODEL, self.process.world_size
-        if train.BATCH_SIZE % world:
-            raise ConfigError(
-                f"TRAIN.BATCH_SIZE {train.BATCH_SIZE} (global) cannot be shared by {world} "
-                "processes; give a multiple of their number"
-            )
-        if train.BATCH_SIZE // world % model.BN_SPLITS:
-            raise ConfigError(
-                f"MODEL.BN_SPLITS {model.BN_SPLITS} does not divide the "
-                f"{train.BATCH_SIZE // world} images of a process; give a divisor"
-            )
-        if len(self.source) < train.BATCH_SIZE:
-            raise ConfigError(
-                f"{self.source.root}: {len(self.source)} images do not fill one batch of "
-                f"{train.BATCH_SIZE}; lower TRAIN.BATCH_SIZE"
-            )
-        if world * model.BN_SPLITS == 1:
-            self.say(
-                "warning: one process and MODEL.BN_SPLITS 1: shuffle BN has no effect and the "
-                "loss can be lowered through batch statistics; MODEL.BN_SPLITS 8 imitates 8 GPUs"
-            )

@@ -5,8 +5,8 @@ import signal
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from processes import in_processes
 
 from moco import distributed
 from moco.contrast.info_nce import info_nce_logits, info_nce_loss
@@ -18,23 +18,6 @@ from moco.training import checkpoint as ckpt
 from moco.training.trainer import Trainer
 
 
-def _entry(rank, function, rendezvous, folder, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        torch.save(function(rank, *args), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def in_two_processes(function, tmp_path, *args):
-    """function(rank, *args) of both ranks."""
-    torch.multiprocessing.spawn(
-        _entry, args=(function, tmp_path / "rendezvous", tmp_path, args), nprocs=2
-    )
-    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
 def _shuffle(rank):
     images = torch.arange(4.0)[:, None] + 10 * rank
     permutation = torch.randperm(8, generator=torch.Generator().manual_seed(3))
@@ -43,7 +26,7 @@ def _shuffle(rank):
 
 
 def test_shuffle_permutes_across_processes_and_unshuffle_undoes_it(tmp_path):
-    ranks = in_two_processes(_shuffle, tmp_path)
+    ranks = in_processes(_shuffle, tmp_path)
     everything = torch.cat([images for images, *_ in ranks])
     shuffled = torch.cat([s for _, s, _, _ in ranks])
     assert torch.equal(shuffled, everything[ranks[0][3]])
@@ -65,9 +48,8 @@ def _statistics(rank, shuffle):
 
 
 def test_statistics_really_differ_between_query_and_shuffled_key_batches(tmp_path):
-    plain = in_two_processes(_statistics, tmp_path, False)
-    (tmp_path / "rendezvous").unlink(missing_ok=True)
-    shuffled = in_two_processes(_statistics, tmp_path, True)
+    plain = in_processes(_statistics, tmp_path, False)
+    shuffled = in_processes(_statistics, tmp_path, True)
     for rank in range(2):
         assert not torch.allclose(plain[rank], shuffled[rank], atol=1e-3)
     torch.testing.assert_close(sum(plain), sum(shuffled))  # the same images in total
@@ -91,8 +73,7 @@ def _norm_free_method():
     method.encoder_q, method.encoder_k = NormFree().double(), NormFree().double()
     method.encoder_k.load_state_dict(method.encoder_q.state_dict())
     method.encoder_k.requires_grad_(False)
-    method.encoder_q.float = method.encoder_k.float = lambda: None  # stays double
-    return method
+    return method.double()
 
 
 def _train_norm_free(rank, world_size, num_steps=5):
@@ -117,7 +98,7 @@ def _train_norm_free(rank, world_size, num_steps=5):
 
 
 def test_two_processes_of_4_equal_one_of_8_without_batch_norm(tmp_path):
-    first, second = in_two_processes(_train_norm_free, tmp_path, 2)
+    first, second = in_processes(_train_norm_free, tmp_path, 2)
     losses, state = _train_norm_free(0, 1)
     torch.testing.assert_close((first[0] + second[0]) / 2, losses, rtol=1e-5, atol=1e-6)
     for name, tensor in state.items():
@@ -142,7 +123,7 @@ def _train(rank, images, folder):
 
 
 def test_both_processes_hold_the_same_queue_and_weights(image_folder, tmp_path):
-    first, second = in_two_processes(_train, tmp_path, image_folder, tmp_path / "run")
+    first, second = in_processes(_train, tmp_path, image_folder, tmp_path / "run")
     assert {"queue", "queue_ptr", "encoder_q.conv1.weight", "encoder_k.fc.2.bias"} <= first.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     content = ckpt.read_torch_file(tmp_path / "run" / "checkpoint_0001.pth.tar")
@@ -188,7 +169,7 @@ def _stop_and_resume(rank, images, folder):
 
 
 def test_a_signal_to_one_process_stops_both_at_one_step_and_resumes_exactly(image_folder, tmp_path):
-    ranks = in_two_processes(_stop_and_resume, tmp_path, image_folder, tmp_path / "runs")
+    ranks = in_processes(_stop_and_resume, tmp_path, image_folder, tmp_path / "runs")
     assert ranks == [(128 + signal.SIGTERM, 4, True)] * 2
 
 
@@ -205,7 +186,7 @@ def _drift(rank, images, folder):
 
 
 def test_a_rank_whose_state_drifts_stops_the_job_before_the_checkpoint(image_folder, tmp_path):
-    assert in_two_processes(_drift, tmp_path, image_folder, tmp_path / "run") == [True, True]
+    assert in_processes(_drift, tmp_path, image_folder, tmp_path / "run") == [True, True]
     assert ckpt.checkpoint_files(tmp_path / "run") == []
 
 
@@ -220,7 +201,7 @@ def _differ(rank):
 
 
 def test_a_rank_that_differs_is_named(tmp_path):
-    assert in_two_processes(_differ, tmp_path) == [True, True]
+    assert in_processes(_differ, tmp_path) == [True, True]
 
 
 def test_logits_of_two_halves_are_those_of_the_whole():

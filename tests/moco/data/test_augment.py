@@ -17,6 +17,7 @@ from moco.data.augment import (
     ViewParameters,
     apply_pil,
     build_recipe,
+    build_view_recipes,
     eval_pil,
     eval_resize,
     normalize,
@@ -44,7 +45,7 @@ def draws():
     def draw(recipe):
         return [sample_parameters(recipe, random.Random(i), 100, 80) for i in range(NUM_DRAWS)]
 
-    return {"v1": draw(build_recipe("v1")), "v2": draw(build_recipe("v2"))}
+    return {name: draw(build_recipe(name)) for name in ("v1", "v2", "v3_first", "v3_second")}
 
 
 def torchvision_view(image, p, size, monkeypatch):
@@ -66,6 +67,7 @@ def torchvision_view(image, p, size, monkeypatch):
                 transforms.RandomResizedCrop(size),
                 *middle,
                 *([] if p.blur_sigma is None else [blur]),
+                transforms.RandomSolarize(128, p=float(p.solarize)),
                 transforms.RandomHorizontalFlip(p=float(p.flip)),
             ]
         )(image)
@@ -79,6 +81,7 @@ def torchvision_view(image, p, size, monkeypatch):
         {"grey": False, "jitter": JITTER[::-1]},
         {"grey_first": True, "blur_sigma": None},
         {"grey_first": True, "blur_sigma": None, "grey": False},
+        {"solarize": True},
     ],
 )
 def test_pixels_are_torchvisions(image, monkeypatch, changes):
@@ -92,8 +95,35 @@ def test_pixels_are_torchvisions(image, monkeypatch, changes):
         dataclasses.replace(p, jitter=p.jitter[::-1]),
         dataclasses.replace(p, blur_sigma=1.5),
         dataclasses.replace(p, grey=not p.grey),
+        dataclasses.replace(p, solarize=not p.solarize),
     ):
         assert apply_pil(image, other, 32).tobytes() != ours.tobytes()
+
+
+def test_solarising_inverts_values_from_128_on():
+    row = np.array([[[0, 127, 128], [200, 255, 64]]], dtype=np.uint8)
+    p = ViewParameters(top=0, left=0, height=1, width=2, jitter=(), grey=False, grey_first=False,
+                       blur_sigma=None, flip=False, solarize=True)  # fmt: skip
+    picture = Image.fromarray(np.repeat(row, 2, axis=0))
+    view = apply_pil(picture, dataclasses.replace(p, height=2), 2)
+    assert np.asarray(view)[0].tolist() == [[0, 127, 127], [55, 0, 64]]
+
+
+def test_v3_treats_the_views_unequally():
+    first, second = build_view_recipes("v3", size=40, crop_scale=(0.08, 1.0))
+    assert (first.name, second.name) == ("v3_first", "v3_second")
+    assert (first.size, second.crop_scale) == (40, (0.08, 1.0))
+    assert build_view_recipes("v2") == (build_recipe("v2"), build_recipe("v2"))
+    with pytest.raises(ConfigError, match="'v3_first' is unknown; allowed: v1, v2, v3$"):
+        build_view_recipes("v3_first")
+
+
+def test_solarising_took_no_draw_from_v1_and_v2():
+    """It is drawn last: the parameters of a seed are those from before it came."""
+    rng = random.Random(7)
+    p = sample_parameters(build_recipe("v2"), rng, 100, 80)
+    assert (p.top, p.left, p.height, p.width, p.flip) == (1, 18, 64, 82, True)
+    assert not p.solarize
 
 
 def test_grey_before_jitter_differs_from_grey_after_it(image):
@@ -114,7 +144,10 @@ def share(draws, condition):
 
 
 def test_probabilities(draws):
-    for name, jitter, blur in (("v1", 1.0, 0.0), ("v2", 0.8, 0.5)):
+    v3 = ("v3_first", 0.8, 1.0), ("v3_second", 0.8, 0.1)
+    for name, jitter, blur in (("v1", 1.0, 0.0), ("v2", 0.8, 0.5), *v3):
+        solarize = 0.2 if name == "v3_second" else 0.0
+        assert share(draws[name], lambda p: p.solarize) == pytest.approx(solarize, abs=0.02)
         assert share(draws[name], lambda p: p.jitter != ()) == pytest.approx(jitter, abs=0.02)
         assert share(draws[name], lambda p: p.blur_sigma is not None) == pytest.approx(
             blur, abs=0.025
@@ -247,7 +280,7 @@ def test_recipe_values_are_checked():
             build_recipe(name, **change)
         (field, value), message = change.popitem(), str(caught.value)
         assert field in message and str(value) in message and "allowed: " in message
-    with pytest.raises(ConfigError, match="'v9' is unknown; allowed: v1, v2$"):
+    with pytest.raises(ConfigError, match="'v9' is unknown; allowed: v1, v2, v3_first, v3_second$"):
         build_recipe("v9")
 
 

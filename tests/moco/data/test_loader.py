@@ -94,6 +94,15 @@ def test_ranks_share_the_global_batch(source, batches):
         assert_same(batches, join(parts[::-1]))
 
 
+def test_each_view_has_its_own_recipe(source):
+    other = build_recipe("v3_second", size=16)
+    view_q, view_k, _ = TwoViews(source, (RECIPE, other), seed=3)[0, 4]
+    same_q, _, _ = TwoViews(source, RECIPE, seed=3)[0, 4]
+    _, other_k, _ = TwoViews(source, other, seed=3)[0, 4]
+    assert torch.equal(view_q, same_q) and torch.equal(view_k, other_k)
+    assert not torch.equal(view_k, TwoViews(source, RECIPE, seed=3)[0, 4][1])
+
+
 def test_pixels_depend_on_epoch_view_seed_and_index(source):
     dataset = TwoViews(source, RECIPE, seed=3)
     view_q, view_k, index = dataset[0, 4]

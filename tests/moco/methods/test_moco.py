@@ -107,3 +107,8 @@ def test_shuffling_changes_the_groups_that_split_batch_norm_sees():
 def test_unknown_method_is_refused():
     with pytest.raises(ConfigError, match="METHOD is 'byol'; allowed: moco"):
         build_method(load_pretrain_config(None, ["METHOD", "byol"]))
+
+
+def test_a_queue_that_holds_no_whole_batch_is_refused():
+    with pytest.raises(ConfigError, match="QUEUE_SIZE 128 does not hold the 256 keys of one step"):
+        build_method(load_pretrain_config(None, ["MOCO.QUEUE_SIZE", "128"]))

@@ -6,9 +6,10 @@ import torch.nn as nn
 import torchvision
 
 from moco.errors import ConfigError
-from moco.models.backbone import SplitBatchNorm2d, build_backbone
+from moco.models.backbone import build_backbone
 from moco.models.heads import replace_by_mlp
 from moco.models.momentum import ema_update_, init_key_encoder_
+from moco.models.norm import SplitBatchNorm2d, SyncBatchNorm
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
@@ -83,6 +84,15 @@ def test_split_batch_norm_equals_separate_batches():
 def test_split_batch_norm_refuses_a_batch_it_cannot_divide():
     with pytest.raises(ConfigError, match="BN_SPLITS 4 does not divide the 6 images"):
         SplitBatchNorm2d(3, num_splits=4)(torch.zeros(6, 3, 2, 2))
+
+
+def test_sync_batch_norm_alone_is_plain_and_excludes_groups():
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 5, 4)
+    assert torch.equal(SyncBatchNorm(3)(x), nn.BatchNorm2d(3)(x))
+    assert isinstance(build_backbone("resnet18", num_classes=2, norm="SyncBN").bn1, SyncBatchNorm)
+    with pytest.raises(ConfigError, match="NORM is SyncBN and MODEL.BN_SPLITS 2"):
+        build_backbone("resnet18", num_classes=2, norm="SyncBN", bn_splits=2)
 
 
 def test_ema_closed_form():

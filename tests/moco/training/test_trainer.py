@@ -226,12 +226,6 @@ def test_a_batch_that_does_not_fit_is_refused_before_training(uninterrupted, tmp
         trainer(uninterrupted[0], tmp_path, **changes)
 
 
-def test_a_batch_without_groups_is_warned_about(uninterrupted, tmp_path):
-    said = []
-    trainer(uninterrupted[0], tmp_path, said=said, MODEL__BN_SPLITS=1)
-    assert "shuffle BN has no effect" in " ".join(said)
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_update(uninterrupted, tmp_path):
     run = trainer(uninterrupted[0], tmp_path)
     with torch.no_grad():
