@@ -20,6 +20,7 @@ setup(
         "fvcore>=0.1.5.post20221221",  # CfgNode and schedules, the ones Detectron2 uses
         "numpy>=1.26",
         "pillow>=10",
+        "pycocotools>=2.0.7",  # COCO's own metric, and its masks
         "PyYAML>=6",
         "tensorboard>=2.14",
         "tqdm>=4.60",

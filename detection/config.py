@@ -46,6 +46,20 @@ def load_detection_config(config_file: str | None, overrides: Sequence[str] = ()
     return cfg
 
 
+def check_processes(cfg: CfgNode, num_processes: int, device_type: str) -> None:
+    """Raise ConfigError for what can be trained alone or on GPUs only, before it fails in torch.
+
+    Args:
+        device_type: "cpu" or "cuda".
+    """
+    if cfg.MODEL.RESNETS.NORM == "SyncBN" and num_processes > 1 and device_type == "cpu":
+        raise ConfigError(
+            f"MODEL.RESNETS.NORM is 'SyncBN' with {num_processes} processes on a CPU, where "
+            "torch's SyncBatchNorm does not run; allowed there: naiveSyncBN (batch norm over all "
+            "processes), BN, FrozenBN; set MODEL.RESNETS.NORM naiveSyncBN"
+        )
+
+
 def _node(tree: dict) -> CfgNode:
     node = CfgNode()
     for key, value in tree.items():
@@ -63,6 +77,10 @@ def _same(value: object, candidate: object) -> bool:
     return value == candidate
 
 
+def _are_numbers(values: Sequence) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
 def _require(ok: bool, where: str, key: str, value: object, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"{where}: {key} is {value!r}; allowed: {allowed}; change the value")
@@ -71,27 +89,32 @@ def _require(ok: bool, where: str, key: str, value: object, allowed: str) -> Non
 def _check_model(cfg: CfgNode, where: str) -> None:
     model = cfg.MODEL
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        ok = len(model[key]) == 3 and all(math.isfinite(v) for v in model[key])
+        ok = len(model[key]) == 3 and _are_numbers(model[key])
+        ok = ok and all(math.isfinite(v) for v in model[key])
         _require(ok, where, f"MODEL.{key}", model[key], "three finite numbers")
     _require(0 not in model.PIXEL_STD, where, "MODEL.PIXEL_STD", model.PIXEL_STD, "no zeros")
     for key in ("SIZES", "ASPECT_RATIOS"):
         value = model.ANCHOR_GENERATOR[key]
         ok = len(value) == 1 and isinstance(value[0], list | tuple) and len(value[0]) > 0
-        ok = ok and all(v > 0 for v in value[0])
+        ok = ok and _are_numbers(value[0]) and all(v > 0 for v in value[0])
         _require(ok, where, f"MODEL.ANCHOR_GENERATOR.{key}", value, "one list of numbers above 0")
     offset = model.ANCHOR_GENERATOR.OFFSET
     _require(0 <= offset < 1, where, "MODEL.ANCHOR_GENERATOR.OFFSET", offset, "0 to below 1")
     for section, count in (("RPN", 2), ("ROI_HEADS", 1)):
         value = model[section].IOU_THRESHOLDS
-        ok = len(value) == count and list(value) == sorted(value) and value[0] > 0
+        ok = len(value) == count and _are_numbers(value)
+        ok = ok and list(value) == sorted(value) and value[0] > 0
         wanted = f"{count} ascending number{'s' * (count > 1)} above 0"
         _require(ok, where, f"MODEL.{section}.IOU_THRESHOLDS", value, wanted)
     for section in ("RPN", "ROI_BOX_HEAD"):
         value = model[section].BBOX_REG_WEIGHTS
-        ok = len(value) == 4 and all(v > 0 for v in value)
+        ok = len(value) == 4 and _are_numbers(value) and all(v > 0 for v in value)
         _require(ok, where, f"MODEL.{section}.BBOX_REG_WEIGHTS", value, "four numbers above 0")
     num_classes = model.ROI_HEADS.NUM_CLASSES
     _require(num_classes >= 1, where, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes, "1 or more")
+    for key, least in (("NUM_CONV", 0), ("CONV_DIM", 1)):
+        value = model.ROI_MASK_HEAD[key]
+        _require(value >= least, where, f"MODEL.ROI_MASK_HEAD.{key}", value, f"{least} or more")
     ok = model.RESNETS.NORM != "" or model.ROI_HEADS.NAME != EXTRA_NORM_HEADS
     allowed = f"a norm, as MODEL.ROI_HEADS.NAME is {EXTRA_NORM_HEADS}"
     _require(ok, where, "MODEL.RESNETS.NORM", "", allowed)
@@ -103,10 +126,21 @@ def _check_run(cfg: CfgNode, where: str) -> None:
         _require(value >= 1, where, f"SOLVER.{key}", value, "1 or more")
     _require(cfg.SOLVER.BASE_LR > 0, where, "SOLVER.BASE_LR", cfg.SOLVER.BASE_LR, "above 0")
     steps = list(cfg.SOLVER.STEPS)
-    ok = steps == sorted(set(steps)) and all(step >= 1 for step in steps)
+    ok = _are_numbers(steps) and steps == sorted(set(steps)) and all(step >= 1 for step in steps)
     _require(ok, where, "SOLVER.STEPS", cfg.SOLVER.STEPS, "ascending iterations, 1 or more")
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    ok = len(sizes) > 0 and _are_numbers(sizes) and all(size >= 1 for size in sizes)
+    _require(ok, where, "INPUT.MIN_SIZE_TRAIN", sizes, "one or more sizes in pixels, 1 or more")
     num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
     _require(num_iter >= 1, where, "TEST.PRECISE_BN.NUM_ITER", num_iter, "1 or more")
+    if cfg.DATALOADER.STREAM == "detectron2":  # whose negative SEED means a new one each time
+        allowed = "0 to 4000000000 with DATALOADER.STREAM detectron2: the SEED of the run to equal"
+        _require(0 <= cfg.SEED <= 4 * 10**9, where, "SEED", cfg.SEED, allowed)
+    files = cfg.DATASETS.COCO_FILES
+    ok = all(isinstance(f, list | tuple) and list(map(type, f)) == [str] * 3 for f in files)
+    ok = ok and all(all(file) for file in files)
+    allowed = "triples (name, annotation file, image folder)"
+    _require(ok, where, "DATASETS.COCO_FILES", files, allowed)
     if cfg.DATASETS.VOC_ROOT:
         classes = cfg.DATASETS.VOC_CLASSES
         ok = len(classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES

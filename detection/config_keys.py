@@ -16,10 +16,12 @@ EXTRA_KEYS = (
     "DATASETS.VOC_ROOT",
     "DATASETS.VOC_CLASSES",
     "DATASETS.VOC_METRIC",
+    "DATASETS.COCO_FILES",
     "TEST.ROUND_DETECTIONS",
     "TEST.AMP.ENABLED",
     "MODEL.CHANNELS_LAST",
     "SOLVER.PROGRESS_PERIOD",
+    "DATALOADER.STREAM",
 )
 
 _RESNETS = dict(
@@ -89,6 +91,16 @@ _ROI_BOX_HEAD = dict(
     FED_LOSS_FREQ_WEIGHT_POWER=0.5,
     FED_LOSS_NUM_CLASSES=50,
 )
+_ROI_MASK_HEAD = dict(
+    NAME="MaskRCNNConvUpsampleHead",
+    POOLER_RESOLUTION=14,
+    POOLER_SAMPLING_RATIO=0,
+    NUM_CONV=0,
+    CONV_DIM=256,
+    NORM="",
+    CLS_AGNOSTIC_MASK=False,
+    POOLER_TYPE="ROIAlignV2",
+)
 _SOLVER = dict(
     IMS_PER_BATCH=16,
     BASE_LR=0.001,
@@ -138,6 +150,7 @@ DEFAULTS = dict(
         RPN=_RPN,
         ROI_HEADS=_ROI_HEADS,
         ROI_BOX_HEAD=_ROI_BOX_HEAD,
+        ROI_MASK_HEAD=_ROI_MASK_HEAD,
     ),
     INPUT=dict(
         FORMAT="BGR",
@@ -160,6 +173,7 @@ DEFAULTS = dict(
         VOC_ROOT="",
         VOC_CLASSES=(),
         VOC_METRIC=2007,
+        COCO_FILES=(),
     ),
     DATALOADER=dict(
         NUM_WORKERS=4,
@@ -168,6 +182,7 @@ DEFAULTS = dict(
         REPEAT_THRESHOLD=0.0,
         REPEAT_SQRT=True,
         FILTER_EMPTY_ANNOTATIONS=True,
+        STREAM="stateless",
     ),
     SOLVER=_SOLVER,
     TEST=dict(
@@ -199,7 +214,6 @@ EXTRA_NORM_HEADS = "Res5ROIHeadsExtraNorm"
 _DEFAULT_ONLY = (
     "VERSION",
     "MODEL.META_ARCHITECTURE",
-    "MODEL.MASK_ON",
     "MODEL.KEYPOINT_ON",
     "MODEL.LOAD_PROPOSALS",
     "MODEL.BACKBONE.NAME",
@@ -230,10 +244,15 @@ _DEFAULT_ONLY = (
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
     "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",
     "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
+    "MODEL.ROI_MASK_HEAD.NAME",
+    # The mask head shares the regions of the box head, whose pooler it is.
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO",
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE",
+    "MODEL.ROI_MASK_HEAD.NORM",
     "INPUT.CROP.ENABLED",
     "INPUT.CROP.TYPE",
     "INPUT.CROP.SIZE",
-    "INPUT.MASK_FORMAT",
     "DATASETS.PROPOSAL_FILES_TRAIN",
     "DATASETS.PROPOSAL_FILES_TEST",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN",
@@ -269,8 +288,10 @@ UNSUPPORTED: dict[str, tuple] = {
     "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", EXTRA_NORM_HEADS),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
     "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
+    "DATALOADER.STREAM": ("stateless", "detectron2"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATASETS.VOC_METRIC": (2007, 2012),

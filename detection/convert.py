@@ -43,7 +43,13 @@ AUTHOR = "MoCo"  # any but "Caffe2", which makes Detectron2 rename the tensors
 # Normalisation of 0-255 pixels by the ImageNet statistics, RGB.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-_GROUPS_BESIDE_ENCODER = {"encoder_k.": "key encoder", "queue_ptr": "queue_ptr", "queue": "queue"}
+_GROUPS_BESIDE_ENCODER = {
+    "encoder_k.": "key encoder",
+    "predictor.": "predictor",
+    "queue_ptr": "queue_ptr",
+    "queue": "queue",
+    "bank": "memory bank",
+}
 
 
 class Layout(NamedTuple):
@@ -162,7 +168,8 @@ def convert_state(content: object, where: str = "checkpoint") -> Converted:
         elif not name.startswith(layout.prefix):
             raise CheckpointError(
                 f"{where}: {name!r} is neither part of the query encoder nor known to be left "
-                "out; allowed beside it: encoder_k.*, queue, queue_ptr; convert another checkpoint"
+                f"out; allowed beside it: {', '.join(_GROUPS_BESIDE_ENCODER)}; convert another "
+                "checkpoint"
             )
         elif not torch.is_tensor(value) or not value.is_floating_point():
             raise CheckpointError(f"{where}: {name!r} is no tensor of floats; the file is damaged")

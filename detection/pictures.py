@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 
 from detection.data.transforms import read_image
 
 _TRUTH_COLOUR = (0, 170, 60)
 _DETECTION_COLOUR = (255, 120, 0)
+# With masks each object has its own colour, or those that touch would run together.
+_MASK_COLOURS = (
+    *((230, 97, 0), (26, 133, 255), (212, 17, 89), (0, 150, 120), (147, 85, 220), (170, 130, 0)),
+    *((220, 50, 220), (90, 110, 20)),
+)
+_MASK_OPACITY = 0.45
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 _LEGIBLE_SIDE = 640
 _FONT_SIZE = 14
@@ -28,20 +35,25 @@ def draw_detections(
     class_names: Sequence[str],
     path: str | os.PathLike,
     score_threshold: float = 0.3,
+    masks: Sequence[dict] | None = None,
 ) -> Path:
     """Draw one image with its ground truth (green) and its detections (orange), with a legend.
 
     Args:
-        record: Detectron2's form; a difficult object is labelled so.
+        record: Detectron2's form; a difficult object or a crowd is labelled so. Without
+            "annotations" there is no ground truth.
         boxes: [N, 4] in pixels of the original image, from 0; scores [N]; classes [N].
         path: the picture to write (.png or .jpg).
         score_threshold: detections below it are left out; the legend counts them.
+        masks: N COCO RLE dicts of the image's size, filled in, each in a colour of its own.
     Raises: DataError if the image cannot be read.
     """
     path = Path(path)
-    picture = _picture(record, boxes, scores, classes, class_names, score_threshold)
+    picture = _picture(record, boxes, scores, classes, class_names, score_threshold, masks)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
+    # Coloured lines and small letters blur at JPEG's usual settings.
+    picture.save(path, **({"quality": 92, "subsampling": 0} if is_jpeg else {}))
     return path
 
 
@@ -56,7 +68,7 @@ def save_detection_pictures(
     """Write pictures of images spread evenly over the records, and one sheet of them all.
 
     Args:
-        detections: image id -> (boxes, scores, classes); an absent image has none.
+        detections: image id -> (boxes, scores, classes[, masks]); an absent image has none.
     Returns: the paths, `<image_id>.png` each and `contact_sheet.png` last; nothing without records.
     """
     folder = Path(folder)
@@ -69,11 +81,12 @@ def save_detection_pictures(
     paths, pictures = [], []
     for record in chosen:
         found = detections.get(record["image_id"], nothing)
-        pictures.append(_picture(record, *found, class_names, score_threshold))
+        masks = found[3] if len(found) > 3 else None
+        pictures.append(_picture(record, *found[:3], class_names, score_threshold, masks))
         paths.append(folder / f"{record['image_id']}.png")
         pictures[-1].save(paths[-1])
     paths.append(folder / "contact_sheet.png")
-    contact_sheet(pictures, [record["image_id"] for record in chosen]).save(paths[-1])
+    contact_sheet(pictures, [str(record["image_id"]) for record in chosen]).save(paths[-1])
     return paths
 
 
@@ -101,50 +114,67 @@ def contact_sheet(
     return sheet
 
 
-def _picture(record, boxes, scores, classes, class_names, score_threshold) -> Image.Image:
-    image = Image.fromarray(np.ascontiguousarray(read_image(record["file_name"], "RGB")))
+def _picture(
+    record, boxes, scores, classes, class_names, score_threshold, masks=None
+) -> Image.Image:
+    pixels = np.ascontiguousarray(read_image(record["file_name"], "RGB"))
+    shown = [i for i in np.argsort(-np.asarray(scores)) if scores[i] >= score_threshold]
+    colours = {i: _DETECTION_COLOUR for i in shown}
+    if masks is not None:
+        colours = {i: _MASK_COLOURS[n % len(_MASK_COLOURS)] for n, i in enumerate(shown)}
+        pixels = _with_masks(pixels, [(masks[i], colours[i]) for i in reversed(shown)])
+    image = Image.fromarray(pixels)
     # Labels have a fixed size, so a small image is enlarged (by a whole factor) under them.
     factor = max(1, round(_LEGIBLE_SIDE / max(image.size)))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     font = ImageFont.load_default(_FONT_SIZE)
-    marks = []  # (box in picture pixels, label, whether it is a detection)
-    for annotation in record["annotations"]:
+    annotations = record.get("annotations")
+    marks = []  # (box in picture pixels, label, colour)
+    for annotation in annotations or ():
         name = class_names[annotation["category_id"]]
-        label = f"{name} (difficult)" if annotation["difficult"] else name
-        marks.append((np.asarray(annotation["bbox"]) * factor, label, False))
-    shown = [i for i in np.argsort(-np.asarray(scores)) if scores[i] >= score_threshold]
+        kind = next((k for k in ("difficult", "iscrowd") if annotation.get(k)), "")
+        label = f"{name} ({kind.removeprefix('is')})" if kind else name
+        marks.append((np.asarray(annotation["bbox"]) * factor, label, _TRUTH_COLOUR))
     for i in reversed(shown):  # the best one on top
         label = f"{class_names[int(classes[i])]} {scores[i]:.2f}"
-        marks.append((np.asarray(boxes[i]) * factor, label, True))
+        marks.append((np.asarray(boxes[i]) * factor, label, colours[i]))
     _draw_marks(image, marks, font)
+    found = f"detections, score >= {score_threshold:g} ({len(shown)})"
     legend = [
-        (_TRUTH_COLOUR, f"ground truth ({len(record['annotations'])})"),
-        (_DETECTION_COLOUR, f"detections, score >= {score_threshold:g} ({len(shown)})"),
+        (_DETECTION_COLOUR if masks is None else None, found),
         (None, f"{len(scores) - len(shown)} below"),
     ]
+    if annotations is not None:
+        legend.insert(0, (_TRUTH_COLOUR, f"ground truth ({len(annotations)})"))
     return _with_legend(image, legend, font)
+
+
+def _with_masks(pixels_HWC: np.ndarray, masks) -> np.ndarray:
+    """The image with each (RLE, colour) blended over it, in order."""
+    pixels = pixels_HWC.astype(np.float32)
+    for rle, colour in masks:
+        inside = coco_mask.decode(rle).astype(bool)
+        own = pixels[inside]
+        pixels[inside] = own + (np.array(colour, np.float32) - own) * _MASK_OPACITY
+    return pixels.round().astype(np.uint8)
 
 
 def _draw_marks(image: Image.Image, marks, font) -> None:
     """All boxes, then all labels: ground truth's at the lower edge, detections' at the upper."""
     draw, (width, height) = ImageDraw.Draw(image), image.size
-    for (x0, y0, x1, y1), _, is_detection in marks:
+    for (x0, y0, x1, y1), _, colour in marks:
         x1, y1 = max(min(x1, width) - 1, x0), max(min(y1, height) - 1, y0)
         # The dark rim keeps the colour visible on an image of the same colour.
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_INK, width=4)
-        draw.rectangle((x0, y0, x1, y1), outline=_colour(is_detection), width=2)
-    for (x0, y0, _, y1), label, is_detection in marks:
+        draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
+    for (x0, y0, _, y1), label, colour in marks:
         left, top, right, bottom = font.getbbox(label)
         label_width, label_height = right - left + 6, bottom - top + 6
         x = min(max(x0, 0), max(width - label_width, 0))
-        y = (y0 if is_detection else y1) - label_height
+        y = (y1 if colour == _TRUTH_COLOUR else y0) - label_height
         y = min(max(y, 0), max(height - label_height, 0))
-        draw.rectangle((x, y, x + label_width, y + label_height), fill=_colour(is_detection))
+        draw.rectangle((x, y, x + label_width, y + label_height), fill=colour)
         draw.text((x + 3 - left, y + 3 - top), label, fill=_PAPER, font=font)
-
-
-def _colour(is_detection: bool) -> tuple[int, int, int]:
-    return _DETECTION_COLOUR if is_detection else _TRUTH_COLOUR
 
 
 def _with_legend(image: Image.Image, entries, font) -> Image.Image:

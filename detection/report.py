@@ -1,4 +1,5 @@
-"""The report of a set of trials: results.md and results.png, beside the published numbers."""
+"""The report of a set of trials: results.md and results.png, beside the published numbers, with
+the scores by class and the precision-recall curves (`report_classes`, `report_curves`)."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from scipy import stats
 
+from detection.report_classes import per_class_table, write_per_class_csv
+from detection.report_coco import coco_table
+from detection.report_curves import write_curves_report
 from moco.errors import ConfigError
 from moco.training.checkpoint import write_atomic, write_text_atomic
 
@@ -48,18 +51,23 @@ def confidence_interval_of_difference(
         raise ConfigError(f"level {level}: allowed is a number between 0 and 1, e.g. 0.95")
     if len(set(a)) == len(set(b)) == 1:  # no spread on either side: 0 / 0 in Welch's formula
         return a[0] - b[0], a[0] - b[0]
+    from scipy import stats  # a second of every command's start otherwise
+
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
     return float(interval.low), float(interval.high)
 
 
 def write_report(results: dict, output_dir: str | os.PathLike) -> list[str]:
-    """Write results.md and results.png from the content of results.json (`detection.trials`).
+    """Write results.md, results.png and per_class.csv from the content of results.json
+    (`detection.trials`), pr_curves.png and .csv from the curves in the trials' folders.
 
     Returns: the lines to show on a terminal.
     """
     output_dir = Path(output_dir)
     published = read_published()
-    write_text_atomic(output_dir / REPORT_FILE, report_text(results, published))
+    curves = write_curves_report(results, output_dir)
+    write_text_atomic(output_dir / REPORT_FILE, report_text(results, published, curves))
+    write_per_class_csv(results, output_dir)
     write_plot(results, published, output_dir / PLOT_FILE)
     score_line = ", ".join(f"{score} {_spread(results, score)}" for score in _SCORES)
     return [
@@ -68,25 +76,37 @@ def write_report(results: dict, output_dir: str | os.PathLike) -> list[str]:
     ]
 
 
-def report_text(results: dict, published: dict) -> str:
-    """results.md: this run's mean and trials, what produced them, then the published rows."""
+def report_text(results: dict, published: dict, curves: str = "") -> str:
+    """results.md: this run's mean and trials, what produced them, then the published rows.
+
+    Args:
+        curves: the words on precision-recall curves, see `write_curves_report`.
+    """
     parts = [
         f"# Detection transfer on {results['dataset']}",
         _summary_table(results),
+        coco_table(results),
         _trials_table(results),
         _origin(results),
         _published_table(results, published),
         f"![the trials]({PLOT_FILE})",
+        per_class_table(results),
+        curves,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _summary_table(results: dict) -> str:
     cells = " | ".join(_spread(results, score) for score in _SCORES)
+    second = results.get("detectron2_evaluator")
+    row = ""
+    if second:  # the same detections, scored again
+        theirs = " | ".join(_spread(second, score) for score in _SCORES)
+        row = f"\n| by Detectron2's own evaluator | {theirs} | |"
     return (
         f"{_count(results)}. Percent, mean ± standard deviation over trials (n - 1).\n\n"
         "| | AP50 | AP | AP75 | trials |\n|---|---|---|---|---|\n"
-        f"| **this run** | {cells} | {results['num_finished']} |"
+        f"| **this run** | {cells} | {results['num_finished']} |{row}"
     )
 
 
@@ -120,6 +140,11 @@ def _origin(results: dict) -> str:
 
 
 def _published_table(results: dict, published: dict) -> str:
+    if results["metric"].startswith("COCO"):
+        return (
+            f"No published rows are shown: those at hand are of {published['comparable_dataset']} "
+            "by VOC's metric, another one than COCO's."
+        )
     std = published["expected_std"]
     heading = f"Published, {published['comparable_dataset']}, mean of the trials"
     if not is_comparable(results):

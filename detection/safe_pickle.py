@@ -7,7 +7,8 @@ So nothing here imports or calls what a file names. Three gates:
    need, and nothing may follow STOP;
 2. a small stack machine runs the opcodes on inert stand-ins; an array is made only after its
    dtype, and its shape x item size against its payload, were checked;
-3. the result must be a dict of str -> numeric array, or hold one under "model".
+3. the result must be a dict of str -> numeric array, or hold one under "model" (Detectron2) or
+   "blobs" (Caffe2's Detectron).
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class _Refused(Exception):
 def read_pickled_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """The arrays of a `.pkl` weights file, and the plain values beside them.
 
-    Returns: (arrays, fields). `arrays` is the "model" dict of a file in Detectron2's form, else
-        the file's own dict; native byte order, writable, numeric. `fields` holds the other
+    Returns: (arrays, fields). `arrays` is the "model" or "blobs" dict of a file, if it has one,
+        else the file's own dict; native byte order, writable, numeric. `fields` holds the other
         entries of the former: str, bool, int, float or None.
     Raises: CheckpointError for a missing file and for any content other than that.
     """
@@ -306,9 +307,10 @@ def _check_schema(content: object) -> tuple[dict[str, np.ndarray], dict[str, obj
     if type(content) is not dict:
         raise _Refused("it holds no dict")
     arrays, fields = content, {}
-    if "model" in content:
-        arrays = content["model"]
-        fields = {key: value for key, value in content.items() if key != "model"}
+    wrapper = next((key for key in ("model", "blobs") if key in content), None)
+    if wrapper is not None:
+        arrays = content[wrapper]
+        fields = {key: value for key, value in content.items() if key != wrapper}
     for key, value in fields.items():
         if value is not None and type(value) not in (str, bool, int, float):
             raise _Refused(f"the entry {key[:80]!r} is no plain value")

@@ -3,9 +3,9 @@
     python detection/train_net.py --config-file configs/detection/pascal_voc_R_50_C4_24k_moco.yaml
         --num-gpus 8 --trials 5 MODEL.WEIGHTS moco_d2.pth OUTPUT_DIR runs/voc
 
-Flags are Detectron2's, plus --trials, --engine and --device. torchrun works too; it then decides
-the number of processes. Exit status: 0 all finished, 1 a trial failed, 2 a wrong input (one line
-says which), 143 stopped by SIGTERM with the state saved.
+Flags are Detectron2's, plus --trials, --trials-parallel, --engine and --device. torchrun works
+too; it then decides the number of processes. Exit status: 0 all finished, 1 a trial failed, 2 a
+wrong input (one line says which), 143 stopped by SIGTERM with the state saved.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ import torch
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from detection import trials
-from detection.config import load_detection_config
+from detection import parallel_trials, trials
+from detection.config import check_processes, load_detection_config
 from detection.engines.base import TrainingStopped
 from detection.engines.select import CHOICES, select_engine
 from moco import distributed
@@ -46,7 +47,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="N runs with seeds SEED, SEED + 1, ... in OUTPUT_DIR/trial_k, then their mean; "
         "finished ones are skipped, unfinished ones resumed",
     )
-    parser.add_argument("--engine", choices=CHOICES, default="auto")
+    parser.add_argument(
+        "--trials-parallel",
+        action="store_true",
+        help="run --num-gpus trials side by side, each on one GPU (with --device cpu: in one "
+        "process), instead of one after the other on all of them",
+    )
+    parser.add_argument("--only-trial", type=int, help=argparse.SUPPRESS)  # by --trials-parallel
+    parser.add_argument(
+        "--engine",
+        choices=CHOICES,
+        default="auto",
+        help="auto: Detectron2 where it works and implements the settings, else the embedded one",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     parser.add_argument("--num-machines", type=int, default=1)
@@ -79,20 +92,53 @@ def _check_args(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--machine-rank {args.machine_rank}: allowed is 0 to {args.num_machines - 1}"
         )
+    if args.trials_parallel:
+        _check_parallel(args)
     num_seen = torch.cuda.device_count()
     if args.device != "cpu" and 0 < num_seen < args.num_gpus:
         raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {num_seen}; lower it")
 
 
+def _check_parallel(args: argparse.Namespace) -> None:
+    if args.trials is None:
+        raise ConfigError("--trials-parallel: needs --trials N, the number of trials")
+    if args.num_machines > 1 or "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "--trials-parallel: runs on one machine and starts its processes itself; leave out "
+            "--num-machines and torchrun"
+        )
+    if args.num_gpus < 2:
+        raise ConfigError(
+            f"--trials-parallel: with --num-gpus {args.num_gpus} one trial runs at a time; give "
+            "--num-gpus P, the number of trials side by side (with --device cpu: of processes)"
+        )
+
+
+def _device(args: argparse.Namespace, cfg: CfgNode) -> str:
+    """What `setup_process` is asked for: auto, cpu or cuda."""
+    wants_cpu = args.num_gpus == 0 or (args.device == "auto" and cfg.MODEL.DEVICE == "cpu")
+    return "cpu" if wants_cpu else args.device
+
+
 def run(args: argparse.Namespace, cfg: CfgNode) -> int:
     """The work of one process; returns the exit status."""
-    wants_cpu = args.num_gpus == 0 or (args.device == "auto" and cfg.MODEL.DEVICE == "cpu")
-    process = distributed.setup_process("cpu" if wants_cpu else args.device)
+    device = _device(args, cfg)
+    set_up = parallel_trials.parent_process if args.trials_parallel else distributed.setup_process
+    process = set_up(device)
     try:
-        engine, why = select_engine(args.engine)
+        engine, why = select_engine(args.engine, cfg, process.device.type)
         job = trials.prepare(cfg, engine, why, process, eval_only=args.eval_only)
         if args.eval_only:
             trials.evaluate_only(job)
+        elif args.only_trial is not None:
+            result = trials.run_only_trial(job, args.only_trial)
+            return 0 if result["status"] == "finished" else EXIT_FAILED_TRIAL
+        elif args.trials_parallel:
+            command = partial(_command_of_trial, args, engine.name, device)
+            results = parallel_trials.run_trials_side_by_side(
+                job, args.trials, command, args.num_gpus
+            )
+            return EXIT_FAILED_TRIAL if results["num_failed"] else 0
         elif args.trials is not None:
             results = trials.run_trials(job, args.trials)
             return EXIT_FAILED_TRIAL if results["num_failed"] else 0
@@ -107,6 +153,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> int:
         distributed.shutdown()
 
 
+def _command_of_trial(args: argparse.Namespace, engine: str, device: str, k: int) -> list[str]:
+    """The command line of the process of trial k under --trials-parallel."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--config-file", args.config_file]
+    command += ["--only-trial", str(k), "--engine", engine, "--device", device]
+    return [*command, *args.overrides]
+
+
 @exit_on_error
 def _worker(args: argparse.Namespace, cfg: CfgNode) -> int:
     return run(args, cfg)
@@ -116,13 +169,18 @@ def _worker(args: argparse.Namespace, cfg: CfgNode) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     _check_args(args)
-    # Read once here, so that a wrong key is one line, not one a process.
+    # Read and checked once here, so that a wrong key is one line, not one a process.
     cfg = load_detection_config(args.config_file, args.overrides)
     if "WORLD_SIZE" in os.environ:  # torchrun started this process
         return run(args, cfg)
     num_processes = max(args.num_gpus, 1)
-    if num_processes * args.num_machines == 1:
+    if args.only_trial is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to pass on
+    if num_processes * args.num_machines == 1 or args.trials_parallel:
         return run(args, cfg)
+    if not args.eval_only:
+        is_cpu = _device(args, cfg) == "cpu" or not torch.cuda.is_available()
+        check_processes(cfg, num_processes * args.num_machines, "cpu" if is_cpu else "cuda")
     signal.signal(signal.SIGTERM, _pass_on)
     try:
         distributed.launch(

@@ -1,14 +1,12 @@
 """Trials: the same fine-tuning with several seeds, each in a folder of its own, then the mean.
 
-A folder holds one run only: `config.yaml`, checkpoints, `metrics.json`, `result.json`. A result
-is averaged with others of the same engine and config digest only; a failed trial is listed with
-its error and is no number.
+A folder holds one run only: `config.yaml`, `classes.json`, checkpoints, `metrics.json`,
+`result.json`, `pr_curves.npz`. A result is averaged with others of the same engine and config
+digest only; a failed trial is listed with its error and is no number.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
 import time
 import traceback
@@ -18,21 +16,38 @@ from pathlib import Path
 
 import torch
 
-from detection.data.voc import VocData, check_and_load
+from detection.config import check_processes
+from detection.data.datasets import DetectionData, check_and_load
+from detection.data.masks import check_masks
 from detection.engines.base import Engine, Run, TrainingStopped
-from detection.evaluation.voc_ap import evaluate_voc
 from detection.pictures import save_detection_pictures
 from detection.report import write_report
-from detection.run_folder import RESULT_FILE, holds_a_run, refuse_other_run, run_digest
+from detection.run_folder import (
+    CONFIG_FILE,
+    RESULT_FILE,
+    holds_a_run,
+    refuse_other_run,
+    run_digest,
+    write_class_names,
+)
+from detection.scoring import metric_in_words, score_detections
+from detection.trial_results import (
+    SCORES,
+    finished_result,
+    outcome_in_words,
+    scores_in_words,
+    summarise,
+    summarise_second_opinion,
+)
+from detection.weights_file import find_weights
 from moco import distributed
 from moco.cfgnode import CfgNode, dump_yaml
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError, MocoError, NonFiniteError
-from moco.training.checkpoint import read_json, sha256_of, write_json_atomic, write_text_atomic
+from moco.training.checkpoint import sha256_of, write_json_atomic, write_text_atomic
 
 RESULTS_FILE = "results.json"
 EVAL_ONLY_FILE = "eval_only.json"
-SCORES = ("AP50", "AP", "AP75")
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Job:
     cfg: CfgNode
     engine: Engine
     process: ProcessInfo
-    data: VocData
+    data: DetectionData
     weights: dict
     config_digest: str
     base_seed: int
@@ -60,6 +75,9 @@ class Job:
             eval_only=eval_only,
         )
 
+    def trial(self, k: int) -> Run:
+        return self.run(self.output_dir / f"trial_{k}", self.base_seed + k, resume=True)
+
 
 def prepare(
     cfg: CfgNode, engine: Engine, why: str, process: ProcessInfo, *, eval_only: bool = False
@@ -70,18 +88,21 @@ def prepare(
         why: why this engine was chosen, for the printed lines.
     Raises: ConfigError, DataError, CheckpointError.
     """
+    if not eval_only:
+        check_processes(cfg, process.world_size, process.device.type)
     loaded = engine.check(cfg, eval_only=eval_only)
     data = check_and_load(cfg)
+    check_masks(cfg, data.train_records)
     output_dir = _make_output_dir(cfg)
     path = cfg.MODEL.WEIGHTS
-    weights = {"path": path, "sha256": sha256_of(path) if path else None}
+    weights = {"path": path, "sha256": sha256_of(find_weights(path)) if path else None}
     job = Job(
         cfg=cfg,
         engine=engine,
         process=process,
         data=data,
         weights=weights,
-        config_digest=run_digest(cfg, weights["sha256"]),
+        config_digest=run_digest(cfg, weights["sha256"], engine.name),
         base_seed=max(cfg.SEED, 0),
         output_dir=output_dir,
     )
@@ -124,30 +145,51 @@ def run_trials(job: Job, num_trials: int) -> dict:
     Returns: the content of results.json, see `collect`.
     Raises: CheckpointError if a trial's folder holds a run of other settings; TrainingStopped.
     """
+    trials = open_trials(job, num_trials)
+    return close_trials(job, [trials[k] or run_trial(job, k) for k in range(num_trials)])
+
+
+def open_trials(job: Job, num_trials: int) -> list[dict | None]:
+    """The results of the trials that are finished already, None for the others.
+
+    Raises: CheckpointError, before anything is written, if a folder holds another run.
+    """
     if num_trials < 1:
         raise ConfigError(f"--trials {num_trials}: at least 1 is needed; 5 is usual")
-    folders = [job.output_dir / f"trial_{k}" for k in range(num_trials)]
-    trials: list[dict | None] = []
-    for k, folder in enumerate(folders):
-        refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, job.base_seed + k)
-        trials.append(_finished_result(folder))
+    trials = [_finished_trial(job, k) for k in range(num_trials)]
     distributed.barrier()  # every rank has read the folders before one of them is written to
     if job.process.is_main:
-        write_text_atomic(job.output_dir / "config.yaml", dump_yaml(job.cfg))
-    for k, folder in enumerate(folders):
-        if trials[k] is not None:
-            _say(job, f"trial {k}: finished already, {_scores_in_words(trials[k])}")
-            continue
-        _say(job, f"trial {k}: seed {job.base_seed + k}, {folder}")
-        run = job.run(folder, job.base_seed + k, resume=True)
-        try:
-            trials[k] = _train_and_score(job, run, pictures=k == 0)
-            _say(job, f"trial {k}: {_scores_in_words(trials[k])}")
-        except Exception as error:
-            if not _others_can_go_on(error, job.process):
-                raise
-            trials[k] = _failed_result(job, run, error)
-            _say(job, f"trial {k} failed: {trials[k]['error']}")
+        write_text_atomic(job.output_dir / CONFIG_FILE, dump_yaml(job.cfg))
+    for k, result in enumerate(trials):
+        if result:
+            _say(job, f"trial {k}: finished already, {scores_in_words(result)}")
+    return trials
+
+
+def run_trial(job: Job, k: int) -> dict:
+    """Train and score trial k from where it stands; returns its result, which may be a failure.
+
+    Raises: TrainingStopped, and errors after which the next trial cannot go on either.
+    """
+    run = job.trial(k)
+    _say(job, f"trial {k}: seed {run.seed}, {run.output_dir}")
+    try:
+        result = _train_and_score(job, run, pictures=k == 0)
+    except Exception as error:
+        if not _others_can_go_on(error, job.process):
+            raise
+        result = failed_result(job, run, error)
+    _say(job, outcome_in_words(k, result))
+    return result
+
+
+def run_only_trial(job: Job, k: int) -> dict:
+    """Trial k of a job whose other trials run in processes of their own; returns its result."""
+    return _finished_trial(job, k) or run_trial(job, k)
+
+
+def close_trials(job: Job, trials: Sequence[dict]) -> dict:
+    """Write results.json and the report of all trials; returns the content of results.json."""
     results = collect(job, trials)
     if job.process.is_main:
         write_json_atomic(job.output_dir / RESULTS_FILE, results)
@@ -168,10 +210,10 @@ def run_single(job: Job, *, resume: bool) -> dict:
             "another OUTPUT_DIR"
         )
     refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, job.base_seed)
-    finished = _finished_result(folder)
+    finished = finished_result(folder)
     distributed.barrier()
     if finished is not None:
-        _say(job, f"finished already: {_scores_in_words(finished)}")
+        _say(job, f"finished already: {scores_in_words(finished)}")
         return finished
     run = job.run(folder, job.base_seed, resume=resume)
     try:
@@ -179,9 +221,9 @@ def run_single(job: Job, *, resume: bool) -> dict:
     except TrainingStopped:
         raise
     except Exception as error:
-        _failed_result(job, run, error)
+        failed_result(job, run, error)
         raise
-    _say(job, _scores_in_words(result))
+    _say(job, scores_in_words(result))
     return result
 
 
@@ -192,30 +234,8 @@ def evaluate_only(job: Job) -> dict:
     result = _result(job, run, started, **_score(job, run, pictures=False))
     if job.process.is_main:
         write_json_atomic(job.output_dir / EVAL_ONLY_FILE, result)
-    _say(job, _scores_in_words(result))
+    _say(job, scores_in_words(result))
     return result
-
-
-def summarise(trials: Sequence[dict]) -> dict:
-    """Counts, mean and sample standard deviation (n - 1) of the finished trials.
-
-    Returns: {"num_finished", "num_failed", "mean": {score: float or None}, "std": the same};
-        mean is None without a finished trial, std with fewer than 2. A score that a finished
-        trial does not have (see `_number`) makes both None.
-    """
-    finished = [trial for trial in trials if trial["status"] == "finished"]
-    mean, std = {}, {}
-    for score in SCORES:
-        values = [trial[score] for trial in finished]
-        known = bool(values) and None not in values
-        mean[score] = statistics.fmean(values) if known else None
-        std[score] = statistics.stdev(values) if known and len(values) > 1 else None
-    return {
-        "num_finished": len(finished),
-        "num_failed": len(trials) - len(finished),
-        "mean": mean,
-        "std": std,
-    }
 
 
 def collect(job: Job, trials: Sequence[dict]) -> dict:
@@ -229,15 +249,17 @@ def collect(job: Job, trials: Sequence[dict]) -> dict:
             raise ConfigError(
                 f"results of {identity} and {(job.engine.name, job.config_digest)} are not averaged"
             )
+    second = summarise_second_opinion(trials)
     return {
         "engine": job.engine.name,
         "versions": _versions(job),
         "config_digest": job.config_digest,
         "dataset": job.data.test_name,
-        "metric": _metric(job),
+        "metric": metric_in_words(job.data, job.cfg),
         "weights": job.weights,
         "num_trials": len(trials),
         **summarise(trials),
+        **({"detectron2_evaluator": second} if second else {}),
         "trials": list(trials),
     }
 
@@ -248,7 +270,8 @@ def _train_and_score(job: Job, run: Run, *, pictures: bool) -> dict:
         own = run.cfg.clone()
         own.defrost()
         own.OUTPUT_DIR, own.SEED = str(run.output_dir), run.seed
-        write_text_atomic(run.output_dir / "config.yaml", dump_yaml(own))
+        write_text_atomic(run.output_dir / CONFIG_FILE, dump_yaml(own))
+        write_class_names(run.output_dir, job.data.class_names)
     job.engine.train(run)
     result = _result(job, run, started, **_score(job, run, pictures=pictures))
     if job.process.is_main:
@@ -260,25 +283,19 @@ def _train_and_score(job: Job, run: Run, *, pictures: bool) -> dict:
 def _score(job: Job, run: Run, *, pictures: bool) -> dict:
     records, names = job.data.test_records, job.data.class_names
     detections = job.engine.predict(run, records)
-    voc = evaluate_voc(
-        detections, records, names, job.data.metric_year, job.cfg.TEST.ROUND_DETECTIONS
-    )
+    others = {}
+    if hasattr(job.engine, "second_opinion"):
+        second = job.engine.second_opinion(run, records, detections)
+        others = {"detectron2_evaluator": second} if second else {}  # {} on other ranks than 0
+    folder = run.output_dir if job.process.is_main else None
+    scores = score_detections(job.data, job.cfg, detections, folder)
     if pictures and job.process.is_main:
         save_detection_pictures(records, detections, names, run.output_dir / "pictures")
-    per_class = {
-        name: {score: _number(value) for score, value in scores.items()}
-        for name, scores in voc.per_class.items()
-    }
-    overall = {"AP": _number(voc.ap), "AP50": _number(voc.ap50), "AP75": _number(voc.ap75)}
-    return {"status": "finished", "error": None, **overall, "per_class": per_class}
+    return {"status": "finished", "error": None, **scores, **others}
 
 
-def _number(value: float) -> float | None:
-    """JSON knows no NaN, which the area metric gives for a class without ground truth."""
-    return None if math.isnan(value) else value
-
-
-def _failed_result(job: Job, run: Run, error: Exception) -> dict:
+def failed_result(job: Job, run: Run, error: Exception) -> dict:
+    """Record in its folder that a run failed; returns the result."""
     if not isinstance(error, MocoError):  # not the user's doing: the traceback is needed
         traceback.print_exception(error, file=sys.stderr)
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -304,7 +321,7 @@ def _result(job: Job, run: Run, started: float | None, **scores: object) -> dict
         "versions": _versions(job),
         "config_digest": job.config_digest,
         "dataset": job.data.test_name,
-        "metric": _metric(job),
+        "metric": metric_in_words(job.data, job.cfg),
         "seed": run.seed,
         "weights": job.weights,
         "num_processes": job.process.world_size,
@@ -319,26 +336,10 @@ def _versions(job: Job) -> dict[str, str]:
     return {**job.engine.versions(), "device": name}
 
 
-def _metric(job: Job) -> str:
-    year = job.data.metric_year
-    rounded = "rounded" if job.cfg.TEST.ROUND_DETECTIONS else "not rounded"
-    return f"VOC {year} ({'11-point' if year == 2007 else 'area'}), detections {rounded}"
-
-
-def _finished_result(folder: Path) -> dict | None:
-    path = folder / RESULT_FILE
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    return result if result["status"] == "finished" else None
-
-
-def _scores_in_words(result: dict) -> str:
-    shown = [
-        f"{score} {'undefined' if result[score] is None else f'{result[score]:.2f}'}"
-        for score in SCORES
-    ]
-    return ", ".join(shown)
+def _finished_trial(job: Job, k: int) -> dict | None:
+    folder, seed = job.trial(k).output_dir, job.base_seed + k
+    refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, seed)
+    return finished_result(folder)
 
 
 def _say(job: Job, line: str) -> None:

@@ -1,133 +1,156 @@
 """Strict loading of weights into the detector.
 
 Detectron2 matches a file's names by their endings, so `res5.*` of a converted backbone lands in
-`roi_heads.res5.*` (detectron2/checkpoint/c2_model_loading.py). There a tensor without partner or
-of another shape is a warning; here it is an error, but for one declared set.
+`roi_heads.res5.*`, and renames those of Caffe2 (detectron2/checkpoint/c2_model_loading.py). There
+a tensor without partner or of another shape is a warning; here it is an error, but for declared
+sets, which are reported.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from detection.safe_pickle import read_pickled_arrays
+from detection.weights_file import find_weights, read_weights_file
 from moco.errors import CheckpointError
-from moco.training.checkpoint import read_torch_file
 
-# What a pretrained backbone does not have: the RPN head, the box predictor, the norm after res5.
+# What a pretrained backbone does not have: the RPN head, the box predictor, the mask head, the
+# norm after res5. Each is there as a whole or not at all, the first two together.
 DECLARED_MISSING = (
     "proposal_generator.rpn_head.",
     "roi_heads.box_predictor.",
+    "roi_heads.mask_head.",
     "roi_heads.res5.norm.",
 )
+_DETECTOR = DECLARED_MISSING[:2]
 _COUNTER = ".num_batches_tracked"  # of batch norms; no converted file has it
-_CONVERT_FIRST = "convert it first with tools/convert_to_d2.py"
+_STATISTICS = {".running_mean": 0.0, ".running_var": 1.0}  # and what an absent one is set to
+# What files of Detectron2's own have beside the weights: name -> what it is, in reports.
+_LEFTOVERS = {
+    r"pixel_(mean|std)": "input normalisation (the config's is used)",
+    r"proposal_generator\.anchor_generator\.cell_anchors\.\d+": "anchors (computed here)",
+    r"(stem\.)?fc\.(weight|bias)": "ImageNet classifier",
+    r".*\.num_batches_tracked": "batch counters that frozen norms do not have",
+}
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """Names in the model: `loaded` from the file; `missing` from it and left as initialised.
 
-    `missing` is empty or the declared set. `num_batches_tracked` counters that a file lacks are
-    in neither.
+    `missing` is empty or whole declared sets. `without_statistics` are the norms whose running
+    mean and variance the file lacks and that were set to 0 and 1;
+    `num_trained_without_statistics` of them are not frozen. `dropped` is {what they are: names in
+    the file} of tensors with no place in the model. `num_batches_tracked` counters that a file
+    lacks are in none of them.
     """
 
     path: Path
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
+    without_statistics: tuple[str, ...] = ()
+    num_trained_without_statistics: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
 
-
-def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The named tensors of a weights file, on the CPU; reading it runs no code.
-
-    Args:
-        path: a converted `.pth` or `.pkl`, or a `.pth` of a training run, whose "model" is taken.
-    Raises: CheckpointError for a missing, damaged or unsafe file, for a checkpoint that is not
-        converted yet, and for Caffe2's names.
-    """
-    if not os.path.isfile(path):
-        raise CheckpointError(
-            f"{path}: there is no such weights file; give the .pth or .pkl that "
-            "tools/convert_to_d2.py wrote, in MODEL.WEIGHTS"
-        )
-    if str(path).endswith(".pkl"):
-        arrays, _ = read_pickled_arrays(path)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    else:
-        tensors = _model_of(read_torch_file(path), path)
-    _refuse_other_layouts(tensors, path)
-    return tensors
+    def words(self) -> str:
+        """One line for the user."""
+        line = f"{self.path}: {len(self.loaded)} tensors loaded, {len(self.missing)} new ones"
+        groups = [p for p in DECLARED_MISSING if any(n.startswith(p) for n in self.missing)]
+        if groups:
+            line += f" ({', '.join(p + '*' for p in groups)})"
+        for what, names in self.dropped.items():
+            line += f"; dropped {len(names)}: {what} ({_first(names)})"
+        if self.without_statistics:
+            line += (
+                f"; {len(self.without_statistics)} norms without statistics in the file, set to "
+                "mean 0 and variance 1, as in Detectron2"
+            )
+        if self.num_trained_without_statistics:
+            line += (
+                f". WARNING: {self.num_trained_without_statistics} of them are trained, but such "
+                "a file suits MODEL.RESNETS.NORM FrozenBN only"
+            )
+        return line
 
 
 def load_backbone_weights(model: torch.nn.Module, path: str | os.PathLike) -> LoadReport:
     """Copy a file's weights into `model`, a detector or its feature trunk, in place.
 
     Each tensor of the file must match, by the whole dotted end of its name, exactly one of the
-    model, with the same shape. What the file lacks must be nothing, or exactly the model's names
-    under `DECLARED_MISSING`; counters of batch norms may lack. All is checked before anything is
-    copied.
+    model, with the same shape, or be one that is known to have no place there (see `LoadReport`).
+    What the file lacks must be nothing, or whole sets of `DECLARED_MISSING`; a file of Caffe2 with
+    fused norms lacks their statistics. All is checked before anything is copied.
     Raises: CheckpointError naming the missing, unexpected, mismatched or non-finite tensors.
     """
-    tensors = read_weights(path)
+    path = find_weights(path)
+    file = read_weights_file(path)
     state = model.state_dict()
-    sources = _match(list(state), tensors, path)
-    missing = [name for name in state if name not in sources and not name.endswith(_COUNTER)]
-    declared = [name for name in state if name.startswith(DECLARED_MISSING)]
-    declared = [name for name in declared if not name.endswith(_COUNTER)]
-    if missing and missing != declared:
-        # Either part of a backbone is absent, or a detector's file lacks part of its head.
-        wrong = [name for name in missing if name not in declared] or missing
-        raise CheckpointError(
-            f"{path}: lacks {len(wrong)} tensors of the model: {_first(wrong)}; only "
-            f"{', '.join(p + '*' for p in DECLARED_MISSING)} may lack, all together; check "
-            "MODEL.RESNETS.DEPTH and NORM, or convert the checkpoint again"
-        )
+    sources, leftovers = _match(list(state), file.tensors, path)
+    absent = [name for name in state if name not in sources and not name.endswith(_COUNTER)]
+    fused = [
+        name
+        for name in absent
+        if file.fused
+        and name.endswith(tuple(_STATISTICS))
+        and not name.startswith(DECLARED_MISSING)
+    ]
+    missing = [name for name in absent if name not in set(fused)]
+    _check_missing(missing, list(state), path)
     for name, source in sources.items():
-        _check_tensor(name, state[name], source, tensors[source], path)
+        _check_tensor(name, state[name], source, file.tensors[source], path)
     with torch.no_grad():
         for name, source in sources.items():
-            state[name].copy_(tensors[source])
-    return LoadReport(path=Path(path), loaded=tuple(sources), missing=tuple(missing))
+            state[name].copy_(file.tensors[source])
+        for name in absent:  # Detectron2 does so for frozen norms; trained ones start so anyway
+            for ending, value in _STATISTICS.items():
+                if name.endswith(ending):
+                    state[name].fill_(value)
+    norms = tuple(dict.fromkeys(name.rpartition(".")[0] for name in fused))
+    return LoadReport(
+        path=path,
+        loaded=tuple(sources),
+        missing=tuple(missing),
+        without_statistics=norms,
+        num_trained_without_statistics=sum(_is_trained(model.get_submodule(n)) for n in norms),
+        dropped={**file.dropped, **leftovers},
+    )
 
 
-def _model_of(content: object, path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    if isinstance(content, Mapping):
-        for wrapper in ("model", "state_dict"):
-            if isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path}: holds no dict of named tensors; {_CONVERT_FIRST}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not torch.is_tensor(value):
-            raise CheckpointError(
-                f"{path}: the entry {str(name)[:80]!r} is no tensor; allowed: tensors by name, or "
-                "such a dict under 'model'"
-            )
-    return dict(content)
+def _is_trained(norm: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in norm.parameters())
 
 
-def _refuse_other_layouts(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    for name in ("module.encoder_q.conv1.weight", "encoder_q.conv1.weight", "conv1.weight"):
-        if name in tensors or f"module.{name}" in tensors:
-            raise CheckpointError(
-                f"{path}: is a checkpoint with {name!r}, not converted weights; {_CONVERT_FIRST}"
-            )
-    if "conv1_w" in tensors or "res_conv1_bn_s" in tensors:
+def _check_missing(missing: list[str], names: list[str], path: Path) -> None:
+    """Part of a backbone is absent, or of a head, or one of two heads: all are errors."""
+    lacking = set(missing)
+    wrong = [name for name in missing if not name.startswith(DECLARED_MISSING)]
+    whole = {}
+    for prefix in DECLARED_MISSING:
+        group = [n for n in names if n.startswith(prefix) and not n.endswith(_COUNTER)]
+        absent = [name for name in group if name in lacking]
+        whole[prefix] = bool(absent)
+        if len(absent) < len(group):
+            wrong += absent
+    if len({whole[prefix] for prefix in _DETECTOR}) > 1:
+        wrong += [name for name in missing if name.startswith(_DETECTOR)]
+    if wrong:
         raise CheckpointError(
-            f"{path}: has Caffe2's names ('conv1_w', ...), which only Detectron2 renames; train "
-            "with --engine detectron2, or convert torchvision's supervised weights with "
-            "tools/convert_to_d2.py"
+            f"{path}: lacks {len(wrong)} tensors of the model: {_first(wrong)}; only "
+            f"{', '.join(p + '*' for p in DECLARED_MISSING)} may lack, each as a whole and the "
+            "first two together; check MODEL.RESNETS.DEPTH and NORM, or convert the checkpoint "
+            "again"
         )
 
 
 def _match(
-    names: list[str], tensors: Mapping[str, torch.Tensor], path: str | os.PathLike
-) -> dict[str, str]:
-    """Model name -> file name, each file name used exactly once."""
+    names: list[str], tensors: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """(model name -> file name, each file name used exactly once; what has no place there)."""
     known = set(names)
     by_ending: dict[str, list[str]] = {}
     for name in names:
@@ -136,6 +159,7 @@ def _match(
             by_ending.setdefault(".".join(parts[start:]), []).append(name)
     sources: dict[str, str] = {}
     unexpected = []
+    leftovers: dict[str, list[str]] = {}
     for source in tensors:
         targets = [source] if source in known else by_ending.get(source, [])
         if len(targets) > 1:
@@ -144,7 +168,8 @@ def _match(
                 "only unambiguous names are loaded"
             )
         if not targets:
-            unexpected.append(source)
+            what = _leftover(source)
+            (leftovers.setdefault(what, []) if what else unexpected).append(source)
         elif targets[0] in sources:
             raise CheckpointError(
                 f"{path}: {source!r} and {sources[targets[0]]!r} both fit {targets[0]!r}"
@@ -157,12 +182,22 @@ def _match(
             "check MODEL.RESNETS.DEPTH and NORM, or give the weights of this model"
         )
     # In the model's order, so that reports and messages do not depend on the file's.
-    return {name: sources[name] for name in names if name in sources}
+    return {name: sources[name] for name in names if name in sources}, leftovers
+
+
+def _leftover(name: str) -> str | None:
+    return next((what for pattern, what in _LEFTOVERS.items() if re.fullmatch(pattern, name)), None)
 
 
 def _check_tensor(
-    name: str, wanted: torch.Tensor, source: str, given: torch.Tensor, path: str | os.PathLike
+    name: str, wanted: torch.Tensor, source: str, given: torch.Tensor, path: Path
 ) -> None:
+    if name.endswith("box_predictor.cls_score.weight") and wanted.shape[1:] == given.shape[1:]:
+        if len(wanted) != len(given):
+            raise CheckpointError(
+                f"{path}: is fine-tuned for {len(given) - 1} classes, MODEL.ROI_HEADS.NUM_CLASSES "
+                f"is {len(wanted) - 1}; set it to {len(given) - 1}, or give a pretrained backbone"
+            )
     if wanted.shape != given.shape:
         raise CheckpointError(
             f"{path}: {source!r} has shape {tuple(given.shape)}, {name!r} of the model "

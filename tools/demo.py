@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     run(*(
         [
             "detection/train_net.py", "--config-file", ROOT / "configs/demo/detection.yaml",
+            "--engine", "embedded",  # the same numbers with and without Detectron2
             "--trials", 2 if args.short else 5, "DATASETS.VOC_ROOT", data,
             "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output_dir / name,
             *(SHORT_DETECTION if args.short else []),

@@ -5,7 +5,7 @@ into batches of images that are all wide or all tall, incomplete batches carried
 in its draws. Detectron2 keeps state in samplers and workers, so there the stream depends on the
 number of workers and starts anew on resume. Here every draw is a function of (seed, purpose,
 position), so any iteration can be started at and neither workers nor ranks change a pixel.
-A mode that replays Detectron2's own stream can be added beside `global_batches`.
+`detection.data.detectron2_stream` replays Detectron2's own stream (DATALOADER.STREAM).
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from detection.data.masks import nonempty_masks, select_masks, transform_masks
+from detection.data.packed import PackedRecords
 from detection.data.transforms import (
     flip_image,
     nonempty_boxes,
@@ -30,23 +33,37 @@ from detection.data.transforms import (
 )
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError, DataError, dead_worker_as_data_error, dead_worker_error
-from moco.seeding import derive_seed, python_random, torch_generator
+from moco.seeding import python_random, torch_generator
 
 WORKERS_KEY = "DATALOADER.NUM_WORKERS"
 
 # (position in the stream, index of the record)
 Draw = tuple[int, int]
+_AnyDraw = TypeVar("_AnyDraw", bound=tuple)
+
+
+class SampleDraw(NamedTuple):
+    """All that is random about one training sample."""
+
+    position: int  # in the stream
+    index: int  # of the record
+    short_edge: int  # pixels, see `Augmentation`
+    flip: bool
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training image is drawn: INPUT.MIN_SIZE_TRAIN and its kin, in pixels."""
+    """How a training image is drawn: INPUT.MIN_SIZE_TRAIN and its kin, in pixels.
+
+    `mask_format` is INPUT.MASK_FORMAT, or None without MODEL.MASK_ON.
+    """
 
     short_edges: tuple[int, ...]
     sampling: str
     max_size: int
     flip: str
     channel_format: str
+    mask_format: str | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Augmentation:
@@ -66,7 +83,12 @@ class Augmentation:
                 "allowed: horizontal, none"
             )
         return cls(
-            edges, sampling, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP, cfg.INPUT.FORMAT
+            edges,
+            sampling,
+            cfg.INPUT.MAX_SIZE_TRAIN,
+            cfg.INPUT.RANDOM_FLIP,
+            cfg.INPUT.FORMAT,
+            cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
         )
 
     def draw(self, seed: int, position: int) -> tuple[int, bool]:
@@ -80,8 +102,13 @@ class Augmentation:
 
 
 def filter_empty(records: Sequence[dict]) -> list[dict]:
-    """The records that have at least one box (DATALOADER.FILTER_EMPTY_ANNOTATIONS)."""
-    return [record for record in records if record["annotations"]]
+    """The records with something to train on (DATALOADER.FILTER_EMPTY_ANNOTATIONS)."""
+    return [record for record in records if trained_objects(record)]
+
+
+def trained_objects(record: dict) -> list[dict]:
+    """The annotations that are trained on: all but COCO's crowds, as in Detectron2's mapper."""
+    return [a for a in record["annotations"] if not a.get("iscrowd", 0)]
 
 
 def image_order(num_images: int, seed: int) -> Iterator[Draw]:
@@ -93,15 +120,16 @@ def image_order(num_images: int, seed: int) -> Iterator[Draw]:
 
 
 def global_batches(
-    stream: Iterable[Draw], is_wide: Sequence[bool] | None, batch_size: int
-) -> Iterator[list[Draw]]:
+    stream: Iterable[_AnyDraw], is_wide: Sequence[bool] | None, batch_size: int
+) -> Iterator[list[_AnyDraw]]:
     """Cut the stream into batches of all ranks together.
 
     Args:
+        stream: `Draw`s, or any tuples with the index of the record in the second place.
         is_wide: for each record whether width > height, to batch wide and tall images apart;
             None batches in stream order.
     """
-    buckets: tuple[list[Draw], list[Draw]] = ([], [])
+    buckets: tuple[list[_AnyDraw], list[_AnyDraw]] = ([], [])
     for draw in stream:
         bucket = buckets[is_wide is not None and is_wide[draw[1]]]
         bucket.append(draw)
@@ -112,21 +140,36 @@ def global_batches(
 
 def load_train_sample(record: dict, augmentation: Augmentation, seed: int, position: int) -> dict:
     """The training sample of one record at one stream position (form: see `train_loader`)."""
+    return _load_drawn(record, augmentation, *augmentation.draw(seed, position))
+
+
+def _load_drawn(record: dict, augmentation: Augmentation, short_edge: int, flip: bool) -> dict:
     image = _read_checked(record, augmentation.channel_format)
-    short_edge, flip = augmentation.draw(seed, position)
     old_shape = image.shape[:2]
     new_shape = shortest_edge_shape(*old_shape, short_edge, augmentation.max_size)
     image = resize_image(image, *new_shape)
-    annotations = record["annotations"]
-    bboxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
-    boxes = transform_boxes(bboxes, old_shape, new_shape, flip)
-    classes = np.array([a["category_id"] for a in annotations], dtype=np.int64)
-    kept = nonempty_boxes(boxes)
+    moves = (old_shape, new_shape, flip)
     return {
         **_sample(record, flip_image(image) if flip else image),
-        "gt_boxes": torch.from_numpy(boxes[kept]),
-        "gt_classes": torch.from_numpy(classes[kept]),
+        **_ground_truth(trained_objects(record), moves, augmentation.mask_format),
     }
+
+
+def _ground_truth(annotations: Sequence[dict], moves: tuple, mask_format: str | None) -> dict:
+    """gt_boxes, gt_classes and perhaps gt_masks of one image, moved with it; `moves` is
+    (old shape, new shape, flip). Objects that are empty then are dropped."""
+    bboxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    boxes = transform_boxes(bboxes, *moves)
+    classes = np.array([a["category_id"] for a in annotations], dtype=np.int64)
+    kept = nonempty_boxes(boxes)
+    truth = {}
+    if mask_format is not None:
+        masks = transform_masks([a["segmentation"] for a in annotations], mask_format, *moves)
+        kept &= nonempty_masks(masks)
+        truth["gt_masks"] = select_masks(masks, kept)
+    truth["gt_boxes"] = torch.from_numpy(boxes[kept])
+    truth["gt_classes"] = torch.from_numpy(classes[kept])
+    return truth
 
 
 def test_samples(records: Iterable[dict], cfg: CfgNode) -> Iterator[dict]:
@@ -163,42 +206,85 @@ def train_loader(
 
     Returns: an iterator of lists of IMS_PER_BATCH / world_size dicts:
         "image" uint8 [3, H, W] in INPUT.FORMAT order, "height" and "width" of the original,
-        "image_id", "file_name", "gt_boxes" float32 [N, 4], "gt_classes" int64 [N].
+        "image_id", "file_name", "gt_boxes" float32 [N, 4], "gt_classes" int64 [N] and, with
+        MODEL.MASK_ON, "gt_masks" (`detection.data.masks.Masks`).
     Raises:
         ConfigError: the batch does not divide among the ranks, or an input key is out of range.
         DataError: no image with a box is left, or (while iterating) an image cannot be read.
     """
+    share = batch_share(cfg, world_size)
+    kept = usable_records(records, cfg)
+    augmentation = Augmentation.from_config(cfg)
+    order = image_order(len(kept), seed)
+    batches = global_batches(order, wide_images(kept, cfg), cfg.SOLVER.IMS_PER_BATCH)
+    own = slice(rank * share, (rank + 1) * share)
+    drawn = (
+        [SampleDraw(p, i, *augmentation.draw(seed, p)) for p, i in batch[own]]
+        # Skipping draws indices only; no image is read.
+        for batch in itertools.islice(batches, start_iteration, None)
+    )
+    num_filtered = len(records) - len(kept)
+    return drawn_loader(
+        kept, augmentation, drawn, num_workers=num_workers, num_filtered=num_filtered
+    )
+
+
+def batch_share(cfg: CfgNode, world_size: int) -> int:
+    """Images of one rank in a batch. Raises: ConfigError where ranks would have unequal ones."""
     batch_size = cfg.SOLVER.IMS_PER_BATCH
     if batch_size < 1 or batch_size % world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH: {batch_size} images do not divide among {world_size} "
             f"processes; give a multiple of {world_size}"
         )
+    return batch_size // world_size
+
+
+def usable_records(records: Sequence[dict], cfg: CfgNode) -> list[dict]:
+    """The records that are trained with. Raises: DataError if there are none."""
     kept = filter_empty(records) if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else list(records)
     if not kept:
         raise DataError(
             f"training data: none of its {len(records)} images has a box; "
             "images with annotated objects are needed"
         )
-    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    is_wide = [record["width"] > record["height"] for record in kept] if grouped else None
-    batches = global_batches(image_order(len(kept), seed), is_wide, batch_size)
-    share = batch_size // world_size
-    own = slice(rank * share, (rank + 1) * share)
+    return kept
+
+
+def wide_images(records: Sequence[dict], cfg: CfgNode) -> list[bool] | None:
+    """Whether each image is wide, to batch by it; None without ASPECT_RATIO_GROUPING."""
+    if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        return None
+    return [record["width"] > record["height"] for record in records]
+
+
+def drawn_loader(
+    records: Sequence[dict],
+    augmentation: Augmentation,
+    batches: Iterable[list[SampleDraw]],
+    *,
+    num_workers: int,
+    num_filtered: int = 0,
+) -> TrainLoader:
+    """Load batches that are drawn already, in order, with `num_workers` processes.
+
+    Samples are as `train_loader`'s. `batches` is iterated in this process, a few batches ahead.
+    """
     loader = torch.utils.data.DataLoader(
-        _TrainDataset(kept, Augmentation.from_config(cfg), seed),
-        batch_sampler=_OwnShares(batches, start_iteration, own),
+        _TrainDataset(PackedRecords(records) if num_workers else records, augmentation),
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_list,
         worker_init_fn=_init_worker,
-        # Without a generator of its own the loader would draw from torch's global one.
-        generator=torch.Generator().manual_seed(derive_seed(seed, "detection-workers")),
+        # Without a generator of its own the loader would draw from torch's global one. Nothing
+        # is drawn in its workers.
+        generator=torch.Generator().manual_seed(0),
     )
-    return TrainLoader(loader, num_filtered=len(records) - len(kept))
+    return TrainLoader(loader, num_filtered)
 
 
 class TrainLoader:
-    """An endless iterator of batches; `num_filtered` images without boxes were left out."""
+    """An iterator of batches; `num_filtered` images without boxes were left out."""
 
     def __init__(self, loader: torch.utils.data.DataLoader, num_filtered: int) -> None:
         self.num_filtered = num_filtered
@@ -238,28 +324,14 @@ def _end_workers(batches) -> None:
         batches._shutdown_workers()  # what torch itself calls when it drops the iterator
 
 
-class _OwnShares:
-    """Batch sampler: this rank's part of each global batch, from one iteration on."""
-
-    def __init__(self, batches: Iterator[list[Draw]], start: int, own: slice) -> None:
-        self._batches, self._start, self._own = batches, start, own
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        # Skipping draws indices only; no image is read.
-        for batch in itertools.islice(self._batches, self._start, None):
-            yield batch[self._own]
-
-
 class _TrainDataset(torch.utils.data.Dataset):
-    def __init__(self, records: list[dict], augmentation: Augmentation, seed: int) -> None:
-        self._records, self._augmentation, self._seed = records, augmentation, seed
+    def __init__(self, records: Sequence[dict], augmentation: Augmentation) -> None:
+        self._records, self._augmentation = records, augmentation
 
-    def __getitem__(self, draw: Draw) -> dict | DataError:
-        position, index = draw
+    def __getitem__(self, draw: SampleDraw) -> dict | DataError:
+        record = self._records[draw.index]
         try:
-            return load_train_sample(
-                self._records[index], self._augmentation, self._seed, position
-            )
+            return _load_drawn(record, self._augmentation, draw.short_edge, draw.flip)
         except DataError as error:
             # As a value, since torch would wrap a raised one in the worker's whole traceback.
             return DataError(str(error))

@@ -146,23 +146,32 @@ def render(
 
     1 to 4 objects, a quarter to a half of `size` across, that overlap by an IoU of 0.05 at most.
     """
+    image, objects = render_outlined(rng, size, class_names)
+    return image, [(name, box) for name, box, _ in objects]
+
+
+def render_outlined(
+    rng: np.random.Generator, size: int, class_names: Sequence[str]
+) -> tuple[np.ndarray, list[tuple[str, tuple[int, int, int, int], list[tuple[float, float]]]]]:
+    """`render`'s image and objects, each with its outline: corners (x, y) in pixels from 0."""
     short = int(size * rng.uniform(0.75, 1.0))
     height, width = (short, size) if rng.random() < 0.5 else (size, short)
     base = rng.uniform(100, 155, 3)
     image = _texture(rng, height, width, base, str(rng.choice(_BACKGROUNDS)), strength=(12, 38))
     for _ in range(rng.integers(3, 9)):
         _add_clutter(rng, image)
-    objects: list[tuple[str, tuple[int, int, int, int]]] = []
+    objects: list[tuple[str, tuple, list]] = []
     for _ in range(rng.integers(1, 5)):
         for _attempt in range(20):
             name = str(rng.choice(list(class_names)))
-            mask = _mask(rng, name, height, width, size)
+            outline = _outline(rng, name, height, width, size)
+            mask = _mask(outline, height, width)
             box = _tight_box(mask)
-            if all(_iou(box, other) <= _MAX_IOU for _, other in objects):
+            if all(_iou(box, other) <= _MAX_IOU for _, other, _ in objects):
                 colour, kind = _contrasting_colour(rng, base), TEXTURES[name]
                 paint = _texture(rng, height, width, colour, kind, strength=(35, 65))
                 image += mask[..., None] * (paint - image)
-                objects.append((name, box))
+                objects.append((name, box, outline))
                 break
     image += rng.normal(0.0, rng.uniform(1.0, 8.0), image.shape)
     return image.clip(0, 255).astype(np.uint8), objects
@@ -230,24 +239,29 @@ def _add_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
     image += soft[..., None] * (rng.uniform(10, 245, 3) - image)
 
 
-def _mask(
+def _outline(
     rng: np.random.Generator, name: str, height: int, width: int, size: int
-) -> np.ndarray:
-    """[H, W] cover of one shape in 0 to 1, wholly inside the image."""
+) -> list[tuple[float, float]]:
+    """The corners (x, y) of one shape, scaled, turned and placed wholly inside the image."""
     radius = size * rng.uniform(0.125, 0.25)
     turn, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.85, 1.0)
     centre_x = rng.uniform(radius + 1, width - radius - 1)
     centre_y = rng.uniform(radius + 1, height - radius - 1)
     cos, sin = math.cos(turn), math.sin(turn)
-    points = [
+    return [
         (
-            (centre_x + radius * (x * cos - stretch * y * sin)) * _SUPERSAMPLING,
-            (centre_y + radius * (x * sin + stretch * y * cos)) * _SUPERSAMPLING,
+            centre_x + radius * (x * cos - stretch * y * sin),
+            centre_y + radius * (x * sin + stretch * y * cos),
         )
         for x, y in OUTLINES[name]
     ]
+
+
+def _mask(outline: Sequence[tuple[float, float]], height: int, width: int) -> np.ndarray:
+    """[H, W] cover of one shape in 0 to 1."""
     canvas = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
-    ImageDraw.Draw(canvas).polygon(points, fill=255)
+    corners = [(x * _SUPERSAMPLING, y * _SUPERSAMPLING) for x, y in outline]
+    ImageDraw.Draw(canvas).polygon(corners, fill=255)
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) / 255.0
 
 

@@ -55,7 +55,7 @@ def read_image(path: str | os.PathLike, channel_format: str) -> np.ndarray:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{path}: this image cannot be read ({reason}); a whole JPEG or PNG file is needed, "
-            "replace it or take it out of its split"
+            "replace it, or leave it out"
         ) from error
     return rgb[:, :, ::-1] if channel_format == "BGR" else rgb
 

@@ -7,20 +7,14 @@ harmless defects (`voc_check`) are repaired and counted where Detectron2 would s
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from detection.data.voc_check import (
-    SHARED_IMAGE,
-    VocReport,
-    index_images,
-    read_annotation,
-    read_split,
-)
+from detection.data.data_check import CheckReport
+from detection.data.voc_check import index_images, read_annotation, read_split
 from moco.cfgnode import CfgNode
-from moco.errors import ConfigError, DataError
+from moco.errors import ConfigError
 
 # In Detectron2's order, which is the order of its weights.
 VOC_CLASSES = (
@@ -28,7 +22,7 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
-_NAMED = {
+NAMED = {
     f"voc_{year}_{split}": (year, split)
     for year, splits in (
         (2007, ("trainval", "train", "val", "test")),
@@ -37,7 +31,6 @@ _NAMED = {
     for split in splits
 }
 _METRIC_YEARS = (2007, 2012)
-_NUM_PROBLEMS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -56,44 +49,21 @@ class DatasetSpec:
     metric_year: int
 
 
-@dataclass(frozen=True)
-class VocData:
-    """Everything a run needs to know of its data; records are in Detectron2's form."""
-
-    train_records: list[dict]
-    test_records: list[dict]
-    class_names: tuple[str, ...]
-    metric_year: int
-    test_name: str
-    report: VocReport
-
-
 def resolve_datasets(cfg: CfgNode, which: str) -> list[DatasetSpec]:
     """The data sets under DATASETS.TRAIN or DATASETS.TEST (`which`: "TRAIN" or "TEST").
 
     With DATASETS.VOC_ROOT they are splits of that folder; otherwise Detectron2's names under
     $DETECTRON2_DATASETS (default: datasets).
 
-    Raises: ConfigError for an unknown name, no name, or a bad class list or metric.
+    Raises: ConfigError for a bad class list, metric or split.
     """
     names = tuple(cfg.DATASETS[which])
-    if not names:
-        raise ConfigError(f"DATASETS.{which}: is empty; name at least one data set")
-    if len(set(names)) != len(names):
-        raise ConfigError(f"DATASETS.{which}: {names} names one data set twice; name it once")
     if cfg.DATASETS.VOC_ROOT:
         return _own_datasets(cfg, names)
     parent = Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
     specs = []
     for name in names:
-        if name not in _NAMED:
-            close = difflib.get_close_matches(name, _NAMED, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(
-                f"DATASETS.{which}: unknown data set {name!r}{hint}; allowed: "
-                f"{', '.join(_NAMED)}, or set DATASETS.VOC_ROOT to name splits of your own folder"
-            )
-        year, split = _NAMED[name]
+        year, split = NAMED[name]
         specs.append(DatasetSpec(name, str(parent / f"VOC{year}"), split, VOC_CLASSES, year))
     return specs
 
@@ -118,16 +88,16 @@ def _own_datasets(cfg: CfgNode, splits: tuple[str, ...]) -> list[DatasetSpec]:
     return [DatasetSpec(f"{folder}_{split}", root, split, classes, year) for split in splits]
 
 
-def load_records(spec: DatasetSpec) -> tuple[list[dict], VocReport]:
+def load_records(spec: DatasetSpec) -> tuple[list[dict], CheckReport]:
     """Read and check one split.
 
     Returns: (records in split order, without those that have a problem; the report). A record is
         {"file_name", "image_id", "height", "width", "annotations"}; an annotation has
         "category_id" (from 0), "bbox" [x0, y0, x1, y1] in pixels from 0, "bbox_mode" 0 and
         "difficult" (0 or 1). Difficult objects are included, as Detectron2 trains on them.
-    Raises: nothing for bad data; see `VocReport.problems`.
+    Raises: nothing for bad data; see `CheckReport.problems`.
     """
-    report = VocReport()
+    report = CheckReport()
     root = Path(spec.root)
     if not root.is_dir():
         report.problem(
@@ -148,63 +118,3 @@ def load_records(spec: DatasetSpec) -> tuple[list[dict], VocReport]:
         if record is not None:
             records.append(record)
     return records, report
-
-
-def check_and_load(cfg: CfgNode) -> VocData:
-    """Check all data the config names, then return it.
-
-    Raises:
-        ConfigError: see `resolve_datasets`; also more than one test set, or a class count other
-            than MODEL.ROI_HEADS.NUM_CLASSES.
-        DataError: one line with the number of problems and the first of them. All are in the
-            error's attribute `report`.
-    """
-    train_specs, test_specs = resolve_datasets(cfg, "TRAIN"), resolve_datasets(cfg, "TEST")
-    if len(test_specs) > 1:
-        raise ConfigError(
-            f"DATASETS.TEST: {len(test_specs)} data sets are given; one is allowed, since AP is "
-            "one number"
-        )
-    test_spec = test_specs[0]
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if num_classes != len(test_spec.class_names):
-        raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES: {num_classes} is given, but the data has "
-            f"{len(test_spec.class_names)} classes; set it to {len(test_spec.class_names)}"
-        )
-    report = VocReport()
-    train_records: list[dict] = []
-    for spec in train_specs:
-        records, found = load_records(spec)
-        train_records.extend(records)
-        report.merge(found)
-    test_records, found = load_records(test_spec)
-    report.merge(found)
-    train_files = {record["file_name"] for record in train_records}
-    for record in test_records:
-        if record["file_name"] in train_files:
-            report.repaired(SHARED_IMAGE, record["file_name"])
-    raise_for_problems(report)
-    return VocData(
-        train_records,
-        test_records,
-        test_spec.class_names,
-        test_spec.metric_year,
-        test_spec.name,
-        report,
-    )
-
-
-def raise_for_problems(report: VocReport) -> None:
-    """Raise DataError, in one line, if the report lists a problem; `error.report` has them all."""
-    problems = list(dict.fromkeys(report.problems))
-    if not problems:
-        return
-    shown = " | ".join(problems[:_NUM_PROBLEMS_SHOWN])
-    rest = len(problems) - _NUM_PROBLEMS_SHOWN
-    more = f" | and {rest} more" if rest > 0 else ""
-    noun = "problem" if len(problems) == 1 else "problems"
-    head = f"data check: {len(problems)} {noun} to correct before training"
-    error = DataError(f"{head}: {shown}{more}")
-    error.report = report
-    raise error

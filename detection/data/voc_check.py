@@ -1,7 +1,7 @@
 """Reading one VOC annotation or split file, with every problem found counted or listed.
 
-What is harmless is repaired and counted by kind in `VocReport.repairs`. What is not is listed
-in `VocReport.problems`, each as `file: field: given; allowed`, and stops the run later.
+What is harmless is repaired and counted by kind in `CheckReport.repairs`. What is not is listed
+in `CheckReport.problems`, each as `file: field: given; allowed`, and stops the run later.
 Coordinates in the files are 1-based and inclusive, so xmin = xmax is a box one pixel wide.
 """
 
@@ -9,74 +9,23 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
-from detection.data.transforms import exif_orientation
+from detection.data.data_check import CheckReport, image_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_QUARTER_TURNS = (5, 6, 7, 8)
 
 FLOAT_COORDINATE = "float coordinate: kept in training, cut to an integer in evaluation"
 CLIPPED_BOX = "box reaching out of its image: clipped"
 ONE_PIXEL_BOX = "box one pixel wide or high: kept"
 SIZE_FROM_IMAGE = "<size> missing or zero: read from the image"
 DUPLICATE_ID = "image id repeated in its split: kept once"
-SHARED_IMAGE = "image in both the training and the test data: kept in both"
 
 
 def missing_tag(name: str) -> str:
     """The kind under which an absent <difficult>, <pose> or <truncated> is counted."""
     return f"<{name}> missing: read as 0"
-
-
-@dataclass
-class VocReport:
-    """What a check of VOC-format data found.
-
-    Attributes:
-        repairs: kind -> how often it was repaired.
-        first_seen: kind -> the file (and field) where it was met first.
-        problems: what cannot be repaired, each `file: field: given; allowed`.
-        num_images, num_boxes: what was read without a problem.
-    """
-
-    repairs: Counter = field(default_factory=Counter)
-    first_seen: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    num_images: int = 0
-    num_boxes: int = 0
-
-    def repaired(self, kind: str, where: str) -> None:
-        self.repairs[kind] += 1
-        self.first_seen.setdefault(kind, where)
-
-    def problem(self, where: object, what: str, given: object, allowed: str) -> None:
-        self.problems.append(" ".join(f"{where}: {what}: {given}; {allowed}".split()))
-
-    def merge(self, other: VocReport) -> None:
-        """Add another report's findings to this one."""
-        self.repairs.update(other.repairs)
-        for kind, where in other.first_seen.items():
-            self.first_seen.setdefault(kind, where)
-        self.problems.extend(other.problems)
-        self.num_images += other.num_images
-        self.num_boxes += other.num_boxes
-
-    def lines(self) -> list[str]:
-        """The whole report for people: totals, repairs by kind, then every problem."""
-        return [
-            f"{self.num_images} images, {self.num_boxes} boxes read",
-            *(
-                f"{count} x {kind} (first: {self.first_seen[kind]})"
-                for kind, count in self.repairs.items()
-            ),
-            *self.problems,
-        ]
 
 
 class _NoDoctypeBuilder(ET.TreeBuilder):
@@ -86,7 +35,7 @@ class _NoDoctypeBuilder(ET.TreeBuilder):
         raise ET.ParseError("it has a DOCTYPE")
 
 
-def read_split(path: Path, report: VocReport) -> list[str]:
+def read_split(path: Path, report: CheckReport) -> list[str]:
     """The image ids of an ImageSets/Main/<split>.txt file, in order, each once."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -128,26 +77,12 @@ def index_images(folder: Path) -> dict[str, Path]:
     return found
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, read from the header without decoding.
-
-    Raises: OSError or ValueError where PIL cannot read it.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = exif_orientation(image) in _QUARTER_TURNS
-    except (Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(str(error)) from error
-    return (width, height) if turned else (height, width)
-
-
 def read_annotation(
     image_id: str,
     xml_path: Path,
     image_path: Path | None,
     class_index: Mapping[str, int],
-    report: VocReport,
+    report: CheckReport,
 ) -> dict | None:
     """The record of one image in Detectron2's form, or None where a problem was listed."""
     num_problems = len(report.problems)
@@ -184,7 +119,7 @@ def read_annotation(
     }
 
 
-def _parse(xml_path: Path, report: VocReport) -> ET.Element | None:
+def _parse(xml_path: Path, report: CheckReport) -> ET.Element | None:
     try:
         return ET.parse(xml_path, ET.XMLParser(target=_NoDoctypeBuilder())).getroot()
     except OSError:
@@ -195,7 +130,7 @@ def _parse(xml_path: Path, report: VocReport) -> ET.Element | None:
 
 
 def _check_size(
-    root: ET.Element, height: int, width: int, xml_path: Path, report: VocReport
+    root: ET.Element, height: int, width: int, xml_path: Path, report: CheckReport
 ) -> None:
     texts = [(root.findtext(f"size/{name}") or "0").strip() for name in ("width", "height")]
     try:
@@ -218,7 +153,7 @@ def _read_object(
     height: int,
     width: int,
     class_index: Mapping[str, int],
-    report: VocReport,
+    report: CheckReport,
 ) -> dict | None:
     name = (element.findtext("name") or "").strip()
     if name not in class_index:
@@ -245,7 +180,7 @@ def _read_object(
 
 
 def _read_box(
-    element: ET.Element, where: str, height: int, width: int, report: VocReport
+    element: ET.Element, where: str, height: int, width: int, report: CheckReport
 ) -> list[float] | None:
     """[x0, y0, x1, y1] with x0 = xmin - 1, y0 = ymin - 1 (Detectron2, datasets/pascal_voc.py)."""
     values = []

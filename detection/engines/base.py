@@ -6,7 +6,7 @@ checks, trials, scoring and reports are the same for every engine and live outsi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,13 +17,15 @@ from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
 
 if TYPE_CHECKING:
-    from detection.data.voc import VocData
+    from detection.data.datasets import DetectionData
 
 FINAL_MODEL = "model_final.pth"
 PERIODIC_MODELS = "model_[0-9]*.pth"
 
-Detections = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""image_id -> (boxes float32 [N, 4] x0 y0 x1 y1 in original pixels, scores [N], classes [N])."""
+Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]
+Detections = Mapping[str | int, Boxes | tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]]
+"""image_id -> (boxes float32 [N, 4] x0 y0 x1 y1 in original pixels, scores [N], classes [N]) and,
+with MODEL.MASK_ON, as a fourth item the masks: N COCO RLE dicts of the original image's size."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Run:
     """
 
     cfg: CfgNode
-    data: VocData
+    data: DetectionData
     output_dir: Path
     seed: int
     process: ProcessInfo
@@ -55,7 +57,11 @@ class Run:
 
 
 class Engine(Protocol):
-    """What `select_engine` returns."""
+    """What `select_engine` returns.
+
+    An engine may have one more method, `second_opinion(run, records, detections)`: the scores by
+    an evaluator of its own, as a dict for the result files (see `detection.engines.d2`).
+    """
 
     name: str
 
@@ -79,6 +85,10 @@ class Engine(Protocol):
 
     def predict(self, run: Run, records: Sequence[dict]) -> Detections:
         """The detections of all `records`, on every rank."""
+
+    def detector(self, run: Run) -> Callable[[dict], tuple]:
+        """The function record -> its entry in `Detections` by which `predict` works, image by
+        image, for `detection.predict`. Of a record it needs all but the annotations."""
 
 
 class TrainingStopped(Exception):

@@ -26,7 +26,7 @@ def test_every_default_is_detectron2_s_own():
     for key in set(ours) - set(EXTRA_KEYS):
         assert (ours[key], type(ours[key])) == (theirs[key], type(theirs[key])), key
     # What is left out belongs to other architectures only.
-    sections = ("FPN", "RETINANET", "SEM_SEG_HEAD", "PANOPTIC_FPN", "ROI_MASK_HEAD")
+    sections = ("FPN", "RETINANET", "SEM_SEG_HEAD", "PANOPTIC_FPN")
     sections += ("ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD")
     rest = {f"MODEL.{name}" for name in sections} | {"MODEL.ANCHOR_GENERATOR.ANGLES", "GLOBAL"}
     for key in set(theirs) - set(ours):
@@ -39,10 +39,12 @@ def test_extra_keys_have_their_defaults():
         "DATASETS.VOC_ROOT": "",
         "DATASETS.VOC_CLASSES": (),
         "DATASETS.VOC_METRIC": 2007,
+        "DATASETS.COCO_FILES": (),
         "TEST.ROUND_DETECTIONS": True,
         "TEST.AMP.ENABLED": False,
         "MODEL.CHANNELS_LAST": False,
         "SOLVER.PROGRESS_PERIOD": 20,
+        "DATALOADER.STREAM": "stateless",
     }
 
 
@@ -64,7 +66,11 @@ def test_every_unsupported_key_exists_and_allows_its_default():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("MODEL.MASK_ON", "True"),
+        ("MODEL.KEYPOINT_ON", "True"),
+        ("MODEL.ROI_MASK_HEAD.NAME", "PointRendMaskHead"),
+        ("MODEL.ROI_MASK_HEAD.NORM", "GN"),
+        ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "28"),
+        ("INPUT.MASK_FORMAT", "rle"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
         ("MODEL.RESNETS.DEPTH", "18"),
@@ -95,6 +101,7 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
     [
         ("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"),
         ("MODEL.PIXEL_MEAN", "[1.0]"),
+        ("MODEL.PIXEL_MEAN", "['a', 'b', 'c']"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64]]"),
         ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5, -1.0]]"),
         ("MODEL.ANCHOR_GENERATOR.OFFSET", "1.0"),
@@ -102,9 +109,13 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
         ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.4, 0.5]"),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(1.0, 1.0)"),
         ("MODEL.ROI_HEADS.NUM_CLASSES", "0"),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", "-1"),
         ("SOLVER.MAX_ITER", "0"),
         ("SOLVER.BASE_LR", "0.0"),
         ("SOLVER.STEPS", "(20, 10)"),
+        ("SOLVER.STEPS", "(20, '30')"),
+        ("INPUT.MIN_SIZE_TRAIN", "(480, 'large')"),
+        ("INPUT.MIN_SIZE_TRAIN", "()"),
         ("TEST.PRECISE_BN.NUM_ITER", "0"),
     ],
 )
@@ -193,8 +204,8 @@ def test_a_file_in_detectron2_s_style_loads(tmp_path):
 def test_errors_name_the_file(tmp_path):
     path = write_yaml(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        load_detection_config(path, ["MODEL.MASK_ON", "True"])
-    assert str(caught.value).startswith(f"{path} + command line: MODEL.MASK_ON is True")
+        load_detection_config(path, ["MODEL.KEYPOINT_ON", "True"])
+    assert str(caught.value).startswith(f"{path} + command line: MODEL.KEYPOINT_ON is True")
 
 
 @pytest.mark.detectron2

@@ -289,7 +289,7 @@ def test_unknown_layouts_are_refused_with_their_first_keys(tmp_path):
 
 
 def test_an_unexplained_key_is_refused(tmp_path):
-    for name in ("module.bank", "module.queue_ptr2", "stray", "module.encoder_q.head.weight"):
+    for name in ("module.bank2", "module.queue_ptr2", "stray", "module.encoder_q.head.weight"):
         checkpoint = moco_checkpoint()
         checkpoint["state_dict"][name] = torch.zeros(1)
         refused(checkpoint, tmp_path, name.removeprefix("module.encoder_q."))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from detection.pictures import draw_detections, save_detection_pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 NAMES = ("cat", "dog")
 GREEN, ORANGE = (0, 170, 60), (255, 120, 0)
 
@@ -65,3 +67,42 @@ def test_folder_of_pictures(tmp_path):
     save_detection_pictures(records, {"i0": DETECTION}, NAMES, tmp_path / "p", num_images=3)
     assert again == [p.read_bytes() for p in paths]
     assert save_detection_pictures([], {}, NAMES, tmp_path / "q") == []
+
+
+def test_an_image_without_annotations_has_no_ground_truth(tmp_path):
+    record = make_record(tmp_path)
+    del record["annotations"]
+    path = draw_detections(record, *DETECTION, NAMES, tmp_path / "x.png")
+    assert count(path, GREEN) == 0 and count(path, ORANGE) > 500
+    legend = np.asarray(Image.open(path).convert("RGB"))[44 * 11 :]
+    assert not (legend == GREEN).all(axis=2).any() and (legend == ORANGE).all(axis=2).any()
+
+
+def test_masks_are_filled_each_in_its_colour(tmp_path):
+    record = make_record(tmp_path)
+    shape = (44, 60)
+    masks = []
+    for rows in (slice(5, 15), slice(20, 40)):
+        inside = np.zeros(shape, dtype=np.uint8, order="F")
+        inside[rows, 30:50] = 1
+        masks.append(coco_mask.encode(inside))
+    boxes = np.array([[30, 5, 50, 15], [30, 20, 50, 40]], np.float32)
+    found = (boxes, np.array([0.9, 0.2]), np.array([0, 1]))
+    path = draw_detections(record, *found, NAMES, tmp_path / "x.png", masks=masks)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    filled, too_low, outside = (tuple(pixels[y * 11, 40 * 11]) for y in (10, 30, 42))
+    assert filled != outside and too_low == outside == (128, 128, 128)
+    both = draw_detections(record, *found, NAMES, tmp_path / "y.png", 0.1, masks)
+    pixels = np.asarray(Image.open(both).convert("RGB"))
+    first, second = (tuple(pixels[y * 11, 40 * 11]) for y in (10, 30))
+    assert len({first, second, outside}) == 3
+
+
+def test_numeric_image_ids_and_masks_in_a_folder_of_pictures(tmp_path):
+    record = {**make_record(tmp_path), "image_id": 7}
+    del record["annotations"][0]["difficult"]  # COCO has none
+    mask = coco_mask.encode(np.ones((44, 60), dtype=np.uint8, order="F"))
+    found = {7: (*DETECTION, [mask])}
+    paths = save_detection_pictures([record], found, NAMES, tmp_path / "p")
+    assert [path.name for path in paths] == ["7.png", "contact_sheet.png"]
+    assert tuple(np.asarray(Image.open(paths[0]).convert("RGB"))[2, 2]) != (128, 128, 128)

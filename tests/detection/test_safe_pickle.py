@@ -251,7 +251,36 @@ HOSTILE = {
     "array beside the model": dumped({"model": {"a": ARRAYS["a"]}, "optimizer": ARRAYS["a"]}),
     "array without state": whole(EMPTY),
     "a class for an array": whole(b"cnumpy\nndarray\n"),
+    "Caffe2: os.system for a blob": dumped({"conv1_w": Reduces(os.system, COMMAND)}),
+    "Caffe2: eval in the blobs": dumped({"blobs": {"conv1_w": Reduces(eval, TOUCH)}, "cfg": ""}),
+    "Caffe2: exec for the configuration": dumped(
+        {"blobs": {"conv1_w": ARRAYS["a"]}, "cfg": Reduces(exec, TOUCH)}
+    ),
+    "Caffe2: os.system for the author": dumped(
+        {"model": {"conv1_w": ARRAYS["a"]}, "__author__": Reduces(os.system, COMMAND)}
+    ),
+    "Caffe2: Python 2's eval": whole(
+        b"c__builtin__\neval\nU" + bytes([len(TOUCH)]) + TOUCH.encode() + b"\x85R", b"\x80\2"
+    ),
+    "Caffe2: objects for a blob": dumped(
+        {"blobs": {"conv1_w": np.array([os.system], dtype=object)}}
+    ),
+    "Caffe2: blobs beside a model": dumped(
+        {"model": {"conv1_w": ARRAYS["a"]}, "blobs": {"fc1000_w": ARRAYS["a"]}}
+    ),
+    "Caffe2: blobs are one array": dumped({"blobs": ARRAYS["a"], "cfg": ""}),
+    "Caffe2: no blobs": dumped({"blobs": {}, "cfg": ""}),
+    "Caffe2: a nested configuration": dumped(
+        {"blobs": {"conv1_w": ARRAYS["a"]}, "cfg": {"MODEL": "x"}}
+    ),
+    "Caffe2: a sum of losses that is a class": dumped(
+        {"blobs": {"conv1_w": ARRAYS["a"], "loss": OrderedDict}}
+    ),
 }
+
+
+def test_the_corpus_is_large_enough():
+    assert len(HOSTILE) >= 90 and sum(name.startswith("Caffe2") for name in HOSTILE) >= 10
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -278,6 +307,9 @@ def test_some_of_the_hostile_files_do_run_code_under_pickle(tmp_path, monkeypatc
         "INST",
         "OBJ",
         "STACK_GLOBAL of os.system",
+        "Caffe2: os.system for a blob",
+        "Caffe2: exec for the configuration",
+        "Caffe2: Python 2's eval",
     ):
         with contextlib.suppress(TypeError):  # np.dtype(None) and the like, after the deed
             pickle.loads(HOSTILE[name])

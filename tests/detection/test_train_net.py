@@ -51,7 +51,8 @@ def run_by_path(config, *words):
     """From another folder: nothing but the script may be needed to find the packages."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     script = REPOSITORY / "detection" / "train_net.py"
-    command = [sys.executable, script, "--config-file", config, "--device", "cpu", *words]
+    flags = ["--config-file", config, "--device", "cpu", "--engine", "embedded"]
+    command = [sys.executable, script, *flags, *words]
     return subprocess.run(
         [str(word) for word in command],
         cwd=config.parent,
@@ -64,9 +65,10 @@ def run_by_path(config, *words):
 
 
 def call(config, *words):
-    """In this process; returns the exit status."""
+    """In this process, by the embedded engine; returns the exit status."""
+    flags = ["--config-file", config, "--device", "cpu", "--engine", "embedded", *words]
     with pytest.raises(SystemExit) as exit_:
-        train_net.main(["--config-file", str(config), "--device", "cpu", *map(str, words)])
+        train_net.main([str(word) for word in flags])
     return exit_.value.code
 
 
@@ -74,7 +76,7 @@ def test_two_trials_by_path(config, tmp_path):
     done = run_by_path(config, "--trials", "2", "OUTPUT_DIR", tmp_path, "SEED", "5")
     assert done.returncode == 0, done.stderr
     out = done.stdout
-    assert "engine: embedded (auto" in out and "2 of 2 trials finished" in out
+    assert "engine: embedded (asked for" in out and "2 of 2 trials finished" in out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [trial["seed"] for trial in results["trials"]] == [5, 6]
     assert results["num_finished"] == 2 and results["std"]["AP"] is not None
@@ -127,7 +129,6 @@ def test_failed_trial_gives_status_1(config, tmp_path, capsys):
         (["--eval-only"], "MODEL.WEIGHTS is ''"),
         (["--num-gpus", "-1"], "--num-gpus -1"),
         (["--machine-rank", "1"], "--machine-rank 1"),
-        (["--engine", "detectron2"], "only the embedded engine"),
         (["SOLVER.BASE_LRR", "1"], "did you mean 'BASE_LR'"),
         (["SOLVER.BASE_LR"], "KEY VALUE pairs"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "5"], "NUM_CLASSES"),
@@ -141,6 +142,18 @@ def test_wrong_input_is_one_line_and_status_2(config, tmp_path, capsys, words, m
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+def test_engine_that_is_absent_is_one_line_and_auto_takes_the_other(
+    config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert call(config, "--engine", "detectron2", "OUTPUT_DIR", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --engine detectron2: Detectron2 is not installed")
+    assert error.count("\n") == 1
+    assert call(config, "--engine", "auto", "OUTPUT_DIR", tmp_path) == 0
+    assert "engine: embedded (auto: Detectron2 is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("status, expected", [(2, 2), (143, 143), (-9, 137)])

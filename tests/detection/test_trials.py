@@ -222,7 +222,7 @@ def test_digest_ignores_what_changes_no_number(make_job, tmp_path):
     assert make_job(*same).config_digest == base
     assert make_job("SOLVER.BASE_LR", "0.5").config_digest != base
     cfg = make_job().cfg
-    assert run_digest(cfg, "aa") != run_digest(cfg, "bb")
+    assert run_digest(cfg, "aa", "embedded") != run_digest(cfg, "bb", "embedded")
 
 
 def test_single_run_needs_resume_to_go_on(make_job, engine, tmp_path):
@@ -248,6 +248,7 @@ def test_single_run_that_fails_is_recorded_and_raised(make_job, engine, tmp_path
         (("MODEL.ROI_HEADS.NUM_CLASSES", "3"), MocoError, "NUM_CLASSES"),
         (("DATASETS.TEST", "('absent',)"), DataError, "absent.txt"),
         (("SOLVER.BASE_LRR", "1"), ConfigError, "did you mean 'BASE_LR'"),
+        (("MODEL.MASK_ON", "True"), ConfigError, "none of the .* objects of DATASETS.TRAIN"),
     ],
 )
 def test_wrong_input_is_one_line_before_training(make_job, engine, overrides, error, words):

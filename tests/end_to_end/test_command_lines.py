@@ -65,7 +65,7 @@ def test_images_to_results(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mapped: 265 tensors" in done.stdout
     assert (tmp_path / "moco.pth.conversion.json").is_file()
-    arguments = ["--config-file", DETECTION, "--trials", "2", *TINY_C4,
+    arguments = ["--config-file", DETECTION, "--engine", "embedded", "--trials", "2", *TINY_C4,
                  "DATASETS.VOC_ROOT", data, "MODEL.WEIGHTS", tmp_path / "moco.pth",
                  "OUTPUT_DIR", tmp_path / "detection"]  # fmt: skip
     done = run("detection/train_net.py", *arguments)
@@ -178,6 +178,6 @@ def test_a_split_that_names_a_missing_image_is_one_line(tmp_path):
     shutil.copytree(data, broken)
     with open(broken / "ImageSets" / "Main" / "train.txt", "a") as file:
         file.write("987654\n")
-    done = run("detection/train_net.py", "--config-file", DETECTION, *TINY_C4,
-               "DATASETS.VOC_ROOT", broken, "OUTPUT_DIR", tmp_path / "out")  # fmt: skip
+    done = run("detection/train_net.py", "--config-file", DETECTION, "--engine", "embedded",
+               *TINY_C4, "DATASETS.VOC_ROOT", broken, "OUTPUT_DIR", tmp_path / "out")  # fmt: skip
     assert_one_line(done, "JPEGImages/987654: image: missing")

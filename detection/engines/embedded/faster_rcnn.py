@@ -18,8 +18,8 @@ class GeneralizedRCNN(nn.Module):
     """Backbone, region proposals, ROI heads.
 
     A batch is a list of dicts: image [C, H, W] uint8 in the order of `INPUT.FORMAT`; in training
-    gt_boxes [N, 4] float32 and gt_classes [N] int64; in test height and width, the size that
-    detections are wanted in (missing: the image's own).
+    gt_boxes [N, 4] float32 and gt_classes [N] int64, with a mask head also gt_masks (`Masks`); in
+    test height and width, the size that detections are wanted in (missing: the image's own).
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class GeneralizedRCNN(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """In training the losses `loss_cls`, `loss_box_reg`, `loss_rpn_cls` and `loss_rpn_loc`,
-        whose plain sum is minimised; else `inference(batch)`.
+        """In training the losses `loss_cls`, `loss_box_reg`, `loss_rpn_cls`, `loss_rpn_loc` and,
+        with a mask head, `loss_mask`, whose plain sum is minimised; else `inference(batch)`.
 
         Raises: NonFiniteError where the RPN predicts NaN or Inf in training.
         """
@@ -52,14 +52,19 @@ class GeneralizedRCNN(nn.Module):
         device = self.pixel_mean.device
         gt_boxes = [sample["gt_boxes"].to(device) for sample in batch]
         gt_classes = [sample["gt_classes"].to(device) for sample in batch]
+        gt_masks = None
+        if self.roi_heads.mask_head is not None:
+            gt_masks = [sample["gt_masks"] for sample in batch]
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)["res4"]
         proposals, rpn_losses = self.proposal_generator(features, sizes, gt_boxes)
-        return self.roi_heads.losses(features, proposals, gt_boxes, gt_classes) | rpn_losses
+        roi_losses = self.roi_heads.losses(features, proposals, gt_boxes, gt_classes, gt_masks)
+        return roi_losses | rpn_losses
 
     @torch.no_grad()
     def inference(self, batch: list[dict]) -> list[dict[str, torch.Tensor]]:
-        """For each image boxes [N, 4] in pixels of (height, width), scores [N], classes [N]."""
+        """For each image boxes [N, 4] in pixels of (height, width), scores [N], classes [N] and,
+        with a mask head, mask_probs [N, M, M], for `mask_head.encode_masks`."""
         assert not self.training, "call model.eval() before inference"
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)["res4"]
@@ -94,7 +99,8 @@ def _to_wanted_size(
     boxes = found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     boxes = clip_boxes_to_image(boxes, wanted)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    return {"boxes": boxes[keep], "scores": found.scores[keep], "classes": found.classes[keep]}
+    kept = {"boxes": boxes[keep], "scores": found.scores[keep], "classes": found.classes[keep]}
+    return kept if found.mask_probs is None else {**kept, "mask_probs": found.mask_probs[keep]}
 
 
 def build_model(cfg: CfgNode) -> GeneralizedRCNN:

@@ -1,4 +1,4 @@
-"""ROI heads of a C4 detector: RoIAlign, res5 on every region, a box predictor
+"""ROI heads of a C4 detector: RoIAlign, res5 on every region, a box predictor, a mask head
 (detectron2/modeling/roi_heads/roi_heads.py, fast_rcnn.py).
 
 Shapes: R regions over all images, K classes; class K is the background.
@@ -6,7 +6,7 @@ Shapes: R regions over all images, K classes; class K is the background.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torch import nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import RoIAlign, batched_nms, box_iou, clip_boxes_to_image
 
+from detection.data.masks import Masks
 from detection.engines.embedded.losses import smooth_l1_loss
+from detection.engines.embedded.mask_head import MaskHead, build_mask_head, crop_masks, mask_loss
 from detection.engines.embedded.norm import build_norm
 from detection.engines.embedded.resnet_c4 import STRIDE, build_head_res5, channels
 from detection.engines.embedded.rpn import Sizes, sample_balanced
@@ -24,21 +26,24 @@ from moco.errors import ConfigError
 
 @dataclass(frozen=True)
 class Regions:
-    """Sampled regions of one image: boxes [R, 4], classes [R] (K: background) and the
-    ground-truth box [R, 4] each is trained towards (meaningless for background)."""
+    """Sampled regions of one image: boxes [R, 4], classes [R] (K: background), the ground-truth
+    box [R, 4] each is trained towards and its index [R] (both meaningless for background)."""
 
     boxes: torch.Tensor
     classes: torch.Tensor
     targets: torch.Tensor
+    gt_index: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Detected:
-    """Detections of one image, best first: boxes [N, 4], scores [N], classes [N]."""
+    """Detections of one image, best first: boxes [N, 4], scores [N], classes [N] and, with a
+    mask head, mask_probs [N, M, M]: each mask within its box."""
 
     boxes: torch.Tensor
     scores: torch.Tensor
     classes: torch.Tensor
+    mask_probs: torch.Tensor | None = None
 
 
 class BoxPredictor(nn.Module):
@@ -129,9 +134,10 @@ class BoxPredictor(nn.Module):
 
 
 class Res5ROIHeads(nn.Module):
-    """Pool each region, apply res5, average, predict.
+    """Pool each region, apply res5, average, predict; the mask head reads res5's output too.
 
     Args:
+        mask_head: None where only boxes are wanted.
         iou_threshold: a region is foreground from this overlap with a ground-truth box on.
         num_sampled: regions of an image that are trained on; positive_fraction: at most this
             part of them is foreground.
@@ -144,6 +150,7 @@ class Res5ROIHeads(nn.Module):
         pooler: RoIAlign,
         res5: nn.Sequential,
         box_predictor: BoxPredictor,
+        mask_head: MaskHead | None,
         iou_threshold: float,
         num_sampled: int,
         positive_fraction: float,
@@ -153,23 +160,29 @@ class Res5ROIHeads(nn.Module):
         self.pooler = pooler
         self.res5 = res5
         self.box_predictor = box_predictor
+        self.mask_head = mask_head
         self.matcher = Matcher(iou_threshold, iou_threshold, allow_low_quality_matches=False)
         self.num_sampled = num_sampled
         self.positive_fraction = positive_fraction
         self.append_gt = append_gt
 
-    def predict(
+    def region_features(
         self, features_BCHW: torch.Tensor, boxes: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and deltas of the boxes [R_i, 4] of each image."""
+    ) -> torch.Tensor:
+        """res5's output for the boxes [R_i, 4] of each image, of all images in one batch."""
         # The pooler's rows are (image, x0, y0, x1, y1). It stays float32 under autocast, which
         # casts inside the op: box coordinates do not fit into half precision.
         image_index = torch.repeat_interleave(
             torch.tensor([len(b) for b in boxes], device=features_BCHW.device)
         )
         rois = torch.cat([image_index[:, None].float(), torch.cat(boxes)], dim=1)
-        regions_RCHW = self.res5(self.pooler(features_BCHW, rois))
-        return self.box_predictor(regions_RCHW.mean(dim=[2, 3]))
+        return self.res5(self.pooler(features_BCHW, rois))
+
+    def predict(
+        self, features_BCHW: torch.Tensor, boxes: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and deltas of the boxes [R_i, 4] of each image."""
+        return self.box_predictor(self.region_features(features_BCHW, boxes).mean(dim=[2, 3]))
 
     def losses(
         self,
@@ -177,21 +190,47 @@ class Res5ROIHeads(nn.Module):
         proposals: list[torch.Tensor],
         gt_boxes: list[torch.Tensor],
         gt_classes: list[torch.Tensor],
+        gt_masks: list[Masks] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """`loss_cls` and `loss_box_reg` on sampled proposals."""
+        """`loss_cls` and `loss_box_reg` on sampled proposals; `loss_mask`, with a mask head."""
         regions = [
             self.sample_regions(*one_image)
             for one_image in zip(proposals, gt_boxes, gt_classes, strict=True)
         ]
-        logits, deltas = self.predict(features_BCHW, [r.boxes for r in regions])
-        return self.box_predictor.losses(logits, deltas, regions)
+        regions_RCHW = self.region_features(features_BCHW, [r.boxes for r in regions])
+        logits, deltas = self.box_predictor(regions_RCHW.mean(dim=[2, 3]))
+        losses = self.box_predictor.losses(logits, deltas, regions)
+        if self.mask_head is not None:
+            losses["loss_mask"] = self._mask_loss(regions_RCHW, regions, gt_masks)
+        return losses
+
+    def _mask_loss(
+        self, regions_RCHW: torch.Tensor, regions: list[Regions], gt_masks: list[Masks]
+    ) -> torch.Tensor:
+        """The mask head's loss on the foreground among the sampled regions."""
+        foreground = [r.classes < self.box_predictor.num_classes for r in regions]
+        logits = self.mask_head(regions_RCHW[torch.cat(foreground)])
+        targets = [
+            crop_masks(masks, r.gt_index[keep], r.boxes[keep], side=logits.shape[-1])
+            for masks, r, keep in zip(gt_masks, regions, foreground, strict=True)
+        ]
+        classes = torch.cat([r.classes[keep] for r, keep in zip(regions, foreground, strict=True)])
+        return mask_loss(logits, classes, torch.cat(targets))
 
     def detect(
         self, features_BCHW: torch.Tensor, proposals: list[torch.Tensor], image_sizes: Sizes
     ) -> list[Detected]:
         """Detections of each image, in pixels of the resized image."""
         logits, deltas = self.predict(features_BCHW, proposals)
-        return self.box_predictor.detect(logits, deltas, proposals, image_sizes)
+        detected = self.box_predictor.detect(logits, deltas, proposals, image_sizes)
+        if self.mask_head is None:
+            return detected
+        # Masks are of the final boxes, so their regions are pooled anew.
+        regions_RCHW = self.region_features(features_BCHW, [d.boxes for d in detected])
+        classes = torch.cat([d.classes for d in detected])
+        probs = self.mask_head.probabilities(regions_RCHW, classes)
+        probs = probs.split([len(d.classes) for d in detected])
+        return [replace(d, mask_probs=p) for d, p in zip(detected, probs, strict=True)]
 
     @torch.no_grad()
     def sample_regions(
@@ -202,7 +241,7 @@ class Res5ROIHeads(nn.Module):
         boxes = torch.cat([proposals, gt_boxes]) if self.append_gt else proposals
         if len(gt_boxes) == 0 or len(boxes) == 0:
             classes = torch.full_like(boxes[:, 0], num_classes, dtype=torch.int64)
-            targets = boxes
+            targets, nearest = boxes, torch.zeros_like(classes)
         else:
             matches = self.matcher(box_iou(gt_boxes, boxes))
             nearest = matches.clamp(min=0)
@@ -212,14 +251,14 @@ class Res5ROIHeads(nn.Module):
         sampled = torch.cat(
             sample_balanced(~is_background, is_background, self.num_sampled, self.positive_fraction)
         )
-        return Regions(boxes[sampled], classes[sampled], targets[sampled])
+        return Regions(boxes[sampled], classes[sampled], targets[sampled], nearest[sampled])
 
 
 def build_roi_heads(cfg: CfgNode) -> Res5ROIHeads:
     """The heads named in `MODEL.ROI_HEADS.NAME`: Res5ROIHeads or Res5ROIHeadsExtraNorm.
 
     The latter has one more norm after the last ReLU of res5 (MoCo v1, appendix A.3), as the
-    child `norm` of `res5`.
+    child `norm` of `res5`. `MODEL.MASK_ON` adds the mask head.
     Raises: ConfigError for another name.
     """
     options, box_options = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
@@ -252,6 +291,7 @@ def build_roi_heads(cfg: CfgNode) -> Res5ROIHeads:
         pooler=pooler,
         res5=res5,
         box_predictor=box_predictor,
+        mask_head=build_mask_head(cfg, channels(cfg, 5)),
         iou_threshold=options.IOU_THRESHOLDS[0],
         num_sampled=options.BATCH_SIZE_PER_IMAGE,
         positive_fraction=options.POSITIVE_FRACTION,

@@ -1,107 +1,61 @@
-"""The files of a training run: model_0000999.pth ... and model_final.pth, each with a manifest.
+"""What the embedded engine's checkpoints hold; `detection.engines.run_files` writes and finds them.
 
-Names and layout are Detectron2's (fvcore/common/checkpoint.py): {"model", "optimizer",
-"iteration", ...}, and `last_checkpoint` holds the name of the newest one.
+The layout is near Detectron2's (fvcore/common/checkpoint.py): {"model", "optimizer", "iteration",
+...}.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS, Run
+from detection.engines.base import Run
+from detection.engines.embedded.randomness import Randomness
+from detection.engines.run_files import read_state, write_state
 from moco.errors import CheckpointError
-from moco.training.checkpoint import (
-    read_torch_file,
-    remove_checkpoint,
-    save_checkpoint,
-    verify_manifest,
-    write_text_atomic,
-)
 
-NUM_KEPT = 2
-_NUMBER = re.compile(r"^model_(\d{7})\.pth$")
-
-
-def periodic_path(output_dir: Path, iteration: int) -> Path:
-    """The checkpoint of the state after `iteration` (0-based) was done."""
-    return output_dir / f"model_{iteration:07d}.pth"
+ENGINE = "embedded"
 
 
 def save_state(
-    run: Run, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int
+    run: Run,
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    random_states: list[dict] | None = None,
 ) -> None:
-    """Write one checkpoint (call it on rank 0 only) and remove older ones but `NUM_KEPT`."""
-    identity = {
-        "iteration": iteration,
-        "config_digest": run.config_digest,
-        "seed": run.seed,
-        "engine": "embedded",
-    }
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **identity}
-    save_checkpoint(path, content, **identity)
-    write_text_atomic(run.output_dir / "last_checkpoint", path.name)
-    _remove_old(run.output_dir)
+    """Write one checkpoint and remove older ones; call it on rank 0 only.
 
-
-def newest_state(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were refused."""
-    refused = []
-    final = output_dir / FINAL_MODEL
-    for path in [final, *_periodic(output_dir)]:
-        if not path.exists():
-            continue
-        try:
-            verify_manifest(path)
-            return path, refused
-        except CheckpointError as error:
-            refused.append(str(error))
-    return None, refused
+    Args:
+        random_states: `Randomness.states()`, of all ranks.
+    """
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if random_states is not None:
+        content["random_states"] = random_states
+    write_state(run, path, content, iteration=iteration, engine=ENGINE)
 
 
 def load_state(
-    run: Run, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    run: Run,
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    randomness: Randomness | None = None,
 ) -> int:
-    """Copy a checkpoint into the model and the optimizer; returns the iteration it was taken at.
+    """Copy a checkpoint into what is given; returns the iteration it was taken at.
 
     Raises: CheckpointError where it belongs to another configuration, seed or model.
     """
-    content = read_torch_file(path)
-    wanted = {"config_digest": run.config_digest, "seed": run.seed}
-    if not isinstance(content, dict) or not {"model", "optimizer", "iteration"} <= content.keys():
-        raise CheckpointError(f"{path}: is not a checkpoint of a training run of this engine")
-    for name, value in wanted.items():
-        if content.get(name) != value:
-            raise CheckpointError(
-                f"{path}: has {name} {content.get(name)}, this run has {value}; give the settings "
-                "it was started with, or another OUTPUT_DIR"
-            )
+    content = read_state(run, path, engine=ENGINE, keys=("model", "optimizer"))
     try:
         model.load_state_dict(content["model"])
         if optimizer is not None:
             optimizer.load_state_dict(content["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
+    if randomness is not None:
+        randomness.restore(content.get("random_states"), path)
     return content["iteration"]
-
-
-def _periodic(output_dir: Path) -> list[Path]:
-    """Newest first, by the iteration in the name."""
-    found = [path for path in output_dir.glob(PERIODIC_MODELS) if _NUMBER.match(path.name)]
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def _remove_old(output_dir: Path) -> None:
-    num_verified = 0
-    for path in _periodic(output_dir):
-        if num_verified == NUM_KEPT:
-            remove_checkpoint(path)
-            continue
-        try:
-            verify_manifest(path)
-            num_verified += 1
-        except CheckpointError:
-            continue  # it does not count; `newest_state` names it when it would be needed

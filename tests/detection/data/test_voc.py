@@ -9,19 +9,13 @@ import pytest
 from PIL import Image
 
 from detection.config import get_defaults
-from detection.data.voc import (
-    VOC_CLASSES,
-    DatasetSpec,
-    check_and_load,
-    load_records,
-    resolve_datasets,
-)
+from detection.data.datasets import SHARED_IMAGE, check_and_load
+from detection.data.voc import VOC_CLASSES, DatasetSpec, load_records, resolve_datasets
 from detection.data.voc_check import (
     CLIPPED_BOX,
     DUPLICATE_ID,
     FLOAT_COORDINATE,
     ONE_PIXEL_BOX,
-    SHARED_IMAGE,
     SIZE_FROM_IMAGE,
     missing_tag,
 )

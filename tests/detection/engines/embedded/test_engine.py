@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from detection.config import load_detection_config
+from detection.data.datasets import check_and_load
 from detection.data.shapes import make_shapes_dataset
-from detection.data.voc import check_and_load
 from detection.engines.base import Run, TrainingStopped
 from detection.engines.embedded import engine as engine_module
 from detection.engines.embedded.engine import EmbeddedEngine, amp_note

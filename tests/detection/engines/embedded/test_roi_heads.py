@@ -30,6 +30,7 @@ REGIONS = [
         boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0], [3.0, 3.0, 5.0, 5.0]]),
         classes=torch.tensor([1, 2]),  # 2 is the background
         targets=torch.tensor([[1.0, 0.0, 11.0, 10.0], [0.0, 0.0, 1.0, 1.0]]),
+        gt_index=torch.tensor([0, 0]),
     )
 ]
 
@@ -57,8 +58,8 @@ def test_class_agnostic_losses_share_one_box():
 def test_losses_of_no_regions_are_zero_with_a_gradient():
     predictor = make_predictor()
     logits, deltas = predictor(torch.zeros(0, 8))
-    none = torch.zeros(0, 4)
-    losses = predictor.losses(logits, deltas, [Regions(none, torch.zeros(0).long(), none)])
+    none, no_index = torch.zeros(0, 4), torch.zeros(0).long()
+    losses = predictor.losses(logits, deltas, [Regions(none, no_index, none, no_index)])
     assert [loss.item() for loss in losses.values()] == [0.0, 0.0]
     sum(losses.values()).backward()
     assert float(predictor.cls_score.weight.grad.abs().sum()) == 0.0
@@ -101,6 +102,7 @@ def test_sampled_regions_are_foreground_first_and_ground_truth_joins(tiny_cfg):
     assert regions.classes.tolist() == [1, 3, 3, 3]
     assert regions.boxes[0].tolist() in ([0, 0, 10, 5], [0, 0, 10, 10])
     assert regions.targets[0].tolist() == [0, 0, 10, 10]
+    assert regions.gt_index[0] == 0
     heads.append_gt = False
     assert heads.sample_regions(proposals, gt_boxes, gt_classes).boxes[0].tolist() == [0, 0, 10, 5]
 

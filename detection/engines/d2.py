@@ -1,0 +1,398 @@
+"""The Detectron2 engine: Detectron2's own model, loaders, trainer, precise batch norm, evaluators.
+
+It is the only file that imports Detectron2, and only when the engine is used. What it adds round
+Detectron2's parts: strict weights, checkpoints that verify, one progress output, an orderly stop.
+Checkpoints have Detectron2's names and layout. As in Detectron2, a resumed run has the model, the
+optimizer and the schedule of the stopped one, but its data stream and random numbers start anew,
+so it does not equal an uninterrupted run; and the image order depends on DATALOADER.NUM_WORKERS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+
+from detection.config_keys import EXTRA_NORM_HEADS
+from detection.data.loader import batch_share, usable_records
+from detection.data.masks import decode_rle, encode_rle
+from detection.data.voc import resolve_datasets
+from detection.engines import d2_problems, d2_session, session
+from detection.engines.base import FINAL_MODEL, Detections, Run
+from detection.engines.d2_session import (
+    CheckedLosses,
+    CheckedMapper,
+    loader_errors_in_one_line,
+    logs_to_file,
+    with_box_modes,
+)
+from detection.engines.d2_settings import fill_config, refuse_amp, refuse_keys
+from detection.weights_file import find_weights, read_weights_file
+from moco import distributed
+from moco.cfgnode import CfgNode
+from moco.errors import CheckpointError, ConfigError, DataError
+from moco.training.checkpoint import verify_manifest
+
+_SCORES = ("AP", "AP50", "AP75")
+# What Detectron2's evaluators raise for files that this project accepts.
+_UNREADABLE = (AssertionError, AttributeError, LookupError, OSError, SyntaxError, ValueError)
+
+
+class Detectron2Engine:
+    """See `detection.engines.base.Engine`."""
+
+    name = d2_session.ENGINE
+
+    def versions(self) -> dict[str, str]:
+        import detectron2
+
+        versions = session.torch_versions()
+        return {**versions, "detectron2": detectron2.__version__, "pillow": PIL.__version__}
+
+    def unavailable_reason(self) -> str | None:
+        if distributed.world_size() > 1 and dist.get_backend() != "nccl":
+            return d2_problems.on_the_cpu(distributed.world_size())
+        try:
+            _import_all()
+        except Exception as error:  # a package compiled for another torch may raise anything
+            return d2_problems.explain(error)
+        outdated = d2_problems.outdated(d2_problems.installed_at())
+        return f"Detectron2 cannot be used; {'; '.join(outdated)}" if outdated else None
+
+    def check(self, cfg: CfgNode, *, eval_only: bool) -> str:
+        refuse_keys(cfg)
+        if not eval_only:
+            refuse_amp(cfg, "cuda" if torch.cuda.is_available() else "cpu")
+        with logs_to_file(None):
+            theirs = _detectron2_cfg(cfg)
+            model = _build_model(theirs)
+            _check_schedule(theirs, model)
+            return _load_weights(model, cfg, eval_only=eval_only)
+
+    def train(self, run: Run) -> None:
+        refuse_amp(run.cfg, run.process.device.type)
+        batch_share(run.cfg, run.process.world_size)
+        usable_records(run.data.train_records, run.cfg)
+        path = session.state_to_resume(run) if run.resume else None
+        if path is not None and path.name == FINAL_MODEL:
+            return
+        with logs_to_file(run), loader_errors_in_one_line():
+            trainer = _build_trainer(run)
+            if path is None:
+                _load_weights(trainer.checkpointer.model, run.cfg, eval_only=False)
+            else:
+                d2_session.resume(run, trainer, path)
+            d2_session.train(run, trainer)
+        distributed.barrier()
+
+    def predict(self, run: Run, records: Sequence[dict]) -> Detections:
+        from detectron2.data import build_detection_test_loader
+
+        detections = {}
+        if not records:
+            return detections
+        with logs_to_file(run), loader_errors_in_one_line():
+            mapper, detect = _detector(run)
+            loader = build_detection_test_loader(
+                list(records), mapper=mapper, num_workers=run.cfg.DATALOADER.NUM_WORKERS
+            )
+            for number, (sample,) in enumerate(loader, start=1):
+                detections[sample["image_id"]] = detect(sample)
+                if number % 500 == 0 or number == len(loader):
+                    session.say(run, f"predicted {number}/{len(loader)} images of rank 0")
+        return session.gather_detections(detections, run.process)
+
+    def detector(self, run: Run) -> Callable[[dict], tuple]:
+        with logs_to_file(run):
+            mapper, detect = _detector(run)
+
+        def detect_quietly(record: dict) -> tuple:
+            with logs_to_file(run):
+                return detect(mapper(record))
+
+        return detect_quietly
+
+    def second_opinion(self, run: Run, records: Sequence[dict], detections: Detections) -> dict:
+        """The scores by Detectron2's own evaluator, in percent; call it on every rank.
+
+        Returns: on rank 0 {"AP", "AP50", "AP75"} and, with masks, "segm": the same of masks.
+            Where the evaluator fails, the three are None and "reason" says why. Elsewhere {}.
+        """
+        evaluate = _evaluate_coco if run.data.metric == "coco" else voc_scores
+        try:
+            with logs_to_file(run), contextlib.redirect_stdout(io.StringIO()):
+                return evaluate(run, records, detections)
+        except _UNREADABLE as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        session.say(run, f"Detectron2's own evaluator gives no score: {reason}")
+        return {**dict.fromkeys(_SCORES), "reason": reason}
+
+
+def _import_all() -> None:
+    """Everything of Detectron2 that this file uses, its compiled operators included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what newer packages will remove
+        import detectron2._C
+        import detectron2.checkpoint
+        import detectron2.config
+        import detectron2.data
+        import detectron2.engine
+        import detectron2.evaluation
+        import detectron2.modeling
+        import detectron2.solver  # noqa: F401
+
+    _register_extra_norm_heads()
+
+
+def _register_extra_norm_heads() -> None:
+    """Make MODEL.ROI_HEADS.NAME Res5ROIHeadsExtraNorm known to Detectron2, once a process.
+
+    The heads of MoCo's benchmark have one more norm at the end of res5 (MoCo v1, appendix; the
+    reference's detection/train_net.py).
+    """
+    from detectron2.layers import get_norm
+    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+
+    if EXTRA_NORM_HEADS in ROI_HEADS_REGISTRY:
+        return
+
+    class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+        @classmethod
+        def _build_res5_block(cls, cfg):
+            res5, channels = super()._build_res5_block(cfg)
+            res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+            return res5, channels
+
+    ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
+
+
+def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
+    """Detectron2's configuration for a run, or for a check on the CPU; see `fill_config`."""
+    from detectron2.config import get_cfg
+
+    theirs = get_cfg()
+    fill_config(theirs, cfg)
+    theirs.MODEL.DEVICE = "cpu" if run is None else str(run.process.device)
+    if run is not None:
+        theirs.OUTPUT_DIR, theirs.SEED = str(run.output_dir), run.seed
+    return theirs
+
+
+def _build_model(theirs) -> torch.nn.Module:
+    from detectron2.modeling import build_model
+
+    _register_extra_norm_heads()
+    return build_model(theirs)
+
+
+def _load_weights(model: torch.nn.Module, cfg: CfgNode, *, eval_only: bool) -> str:
+    """Load cfg.MODEL.WEIGHTS by Detectron2's checkpointer, held to what the strict loader says.
+
+    Returns: what was loaded, in words.
+    Raises: CheckpointError, also where the checkpointer loads anything otherwise.
+    """
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    class SafeCheckpointer(DetectionCheckpointer):
+        def _load_file(self, filename):
+            # Its own reader would unpickle a .pkl, which can run code.
+            return {"model": read_weights_file(filename).tensors, "matching_heuristics": True}
+
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = session.load_initial_weights(model, cfg, eval_only=eval_only)
+    if not cfg.MODEL.WEIGHTS:
+        return line
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(initial)
+    SafeCheckpointer(model).load(str(find_weights(cfg.MODEL.WEIGHTS)))
+    wrong = [name for name, t in model.state_dict().items() if not torch.equal(t, wanted[name])]
+    if wrong:
+        raise CheckpointError(
+            f"{cfg.MODEL.WEIGHTS}: Detectron2 loads {len(wrong)} tensors otherwise than the file "
+            f"says ({', '.join(wrong[:3])} ...); convert the file again, or use --engine embedded"
+        )
+    return line
+
+
+def _check_schedule(theirs, model: torch.nn.Module) -> None:
+    """Raise ConfigError for a learning-rate schedule that Detectron2 cannot build."""
+    from detectron2.solver import build_lr_scheduler, build_optimizer
+
+    try:
+        build_lr_scheduler(theirs, build_optimizer(theirs, model))
+    except (AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"SOLVER: Detectron2 cannot build this learning-rate schedule ({reason}); allowed: "
+            "ascending STEPS other than MAX_ITER, BASE_LR_END from 0 to BASE_LR; change them"
+        ) from error
+
+
+@contextlib.contextmanager
+def _registered(run: Run, part: str, records: Sequence[dict], **metadata) -> Iterator[str]:
+    """Detectron2's catalogs know `records` for the time of the context, by the name yielded."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    # Trials follow each other in one process: the name must be of this run alone.
+    name = f"{part} of {run.output_dir}, seed {run.seed}, {run.config_digest}"
+    DatasetCatalog.register(name, partial(with_box_modes, records))
+    MetadataCatalog.get(name).set(thing_classes=list(run.data.class_names), **metadata)
+    try:
+        yield name
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def _build_trainer(run: Run):
+    """Detectron2's DefaultTrainer, with our hook in place of its writers and checkpoints.
+
+    Source of the order of construction and hooks, and of the seeds: detectron2/engine/defaults.py.
+    """
+    from detectron2.data import DatasetMapper, build_detection_train_loader
+    from detectron2.engine import DefaultTrainer, hooks
+    from detectron2.utils import comm
+    from detectron2.utils.env import seed_all_rng
+
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return _build_model(cfg)
+
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=CheckedMapper(DatasetMapper(cfg, True)))
+
+        def build_writers(self):
+            return []
+
+        def build_hooks(self):
+            own = super().build_hooks()
+            self.precise_bn = next((h for h in own if isinstance(h, hooks.PreciseBN)), None)
+            kept = [h for h in own if isinstance(h, hooks.IterationTimer | hooks.LRScheduler)]
+            return [*kept, hooks.CallbackHook(after_step=partial(d2_session.after_step, run))]
+
+    if run.process.world_size > 1:  # as its launcher does; a repeated call does nothing
+        comm.create_local_process_group(d2_session.processes_per_machine(run.process))
+    torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
+    seed_all_rng(run.seed + run.process.rank)
+    theirs = _detectron2_cfg(run.cfg, run)
+    with _registered(run, "training data", run.data.train_records) as name:
+        theirs.DATASETS.TRAIN = (name,)
+        trainer = Trainer(theirs)
+    trainer.losses = trainer._trainer.model = CheckedLosses(run, trainer)
+    return trainer
+
+
+def trainer_parts(run: Run) -> tuple:
+    """For tools/benchmark.py: (model with the initial weights, optimizer, iterator of training
+    batches, test mapper: record -> input of the model, context that training needs)."""
+    from detectron2.data import DatasetMapper
+    from detectron2.utils.events import EventStorage
+
+    trainer = _build_trainer(run)
+    model = trainer.checkpointer.model
+    _load_weights(model, run.cfg, eval_only=False)
+    mapper = DatasetMapper(_detectron2_cfg(run.cfg, run), False)
+    return model, trainer.optimizer, iter(trainer.data_loader), mapper, EventStorage()
+
+
+def _detector(run: Run) -> tuple[CheckedMapper, Callable[[dict], tuple]]:
+    """Detectron2's test mapper and, for what it returns, the detections."""
+    from detectron2.data import DatasetMapper
+
+    refuse_keys(run.cfg)
+    theirs = _detectron2_cfg(run.cfg, run)
+    model = _build_model(theirs)
+    if run.eval_only:
+        _load_weights(model, run.cfg, eval_only=True)
+    else:
+        path = run.output_dir / FINAL_MODEL
+        verify_manifest(path)
+        d2_session.load_model(run, path, model)
+    model.eval()
+
+    @torch.no_grad()
+    def detect(sample: dict) -> tuple:
+        found = model([sample])[0]["instances"].to("cpu")
+        boxes = found.pred_boxes.tensor.numpy()
+        detected = boxes, found.scores.numpy(), found.pred_classes.numpy()
+        if run.cfg.MODEL.MASK_ON:
+            detected += (encode_rle(found.pred_masks.numpy()),)
+        return detected
+
+    return CheckedMapper(DatasetMapper(theirs, False)), detect
+
+
+def _feed(evaluator, records: Sequence[dict], detections: Detections) -> None:
+    """Give the detections to a Detectron2 evaluator, as its model would."""
+    from detectron2.structures import Boxes, Instances
+
+    evaluator.reset()
+    for record in records:
+        boxes, scores, classes, *masks = detections[record["image_id"]]
+        size = record["height"], record["width"]
+        found = Instances(size, pred_boxes=Boxes(torch.as_tensor(boxes)))
+        found.scores, found.pred_classes = torch.as_tensor(scores), torch.as_tensor(classes)
+        if masks:
+            found.pred_masks = torch.from_numpy(decode_rle(masks[0], *size))
+        evaluator.process([record], [{"instances": found}])
+
+
+def voc_scores(
+    run: Run, records: Sequence[dict], detections: Detections, *, read_anew: bool = True
+) -> dict:
+    """By PascalVOCDetectionEvaluator, which reads Annotations/<id>.xml of the test set itself; not
+    `read_anew`: it takes them as it remembers them from an earlier call."""
+    from detectron2.evaluation import PascalVOCDetectionEvaluator, pascal_voc_evaluation
+
+    (spec,) = resolve_datasets(run.cfg, "TEST")
+    read_xml = pascal_voc_evaluation.parse_rec
+    if read_anew:
+        read_xml.cache_clear()  # it remembers every file by its name
+    for record in records:
+        path = os.path.join(spec.root, "Annotations", f"{record['image_id']}.xml")
+        try:
+            read_xml(path)
+        except _UNREADABLE as error:
+            raise DataError(f"{path}: {type(error).__name__}: {error}") from error
+    metadata = {"dirname": spec.root, "split": spec.split, "year": spec.metric_year}
+    with _registered(run, "test data", records, **metadata) as name, np.errstate(all="ignore"):
+        evaluator = PascalVOCDetectionEvaluator(name)
+        # evaluate() joins the detections of all ranks.
+        _feed(evaluator, records if run.process.is_main else (), detections)
+        scores = evaluator.evaluate()
+    return {} if scores is None else _overall(scores["bbox"])
+
+
+def _evaluate_coco(run: Run, records: Sequence[dict], detections: Detections) -> dict:
+    """By COCOEvaluator, which reads the annotation file of the test set itself."""
+    from detectron2.evaluation import COCOEvaluator
+
+    if not run.process.is_main:
+        return {}
+    category_ids = {category: index for index, category in enumerate(run.data.category_ids)}
+    metadata = {
+        "json_file": str(run.data.coco_json),
+        "thing_dataset_id_to_contiguous_id": category_ids,
+    }
+    tasks = ("bbox", "segm") if run.cfg.MODEL.MASK_ON else ("bbox",)
+    with _registered(run, "test data", records, **metadata) as name:
+        evaluator = COCOEvaluator(name, tasks, distributed=False)
+        _feed(evaluator, records, detections)
+        scores = evaluator.evaluate()
+    boxes, *masks = (_overall(scores[task]) for task in tasks)
+    return {**boxes, "segm": masks[0]} if masks else boxes
+
+
+def _overall(scores: dict) -> dict[str, float | None]:
+    return {key: None if math.isnan(scores[key]) else float(scores[key]) for key in _SCORES}

@@ -1,0 +1,234 @@
+"""Training with Detectron2's trainer under this project's rules; Detectron2 is not imported here.
+
+`trainer` is Detectron2's DefaultTrainer as `detection.engines.d2` makes it, with the attributes
+`losses` (`CheckedLosses`), `precise_bn` (Detectron2's hook, or None), `stop` (`StopFlag`) and
+`progress`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from detection.data.loader import WORKERS_KEY
+from detection.engines.base import FINAL_MODEL, Run
+from detection.engines.progress import Progress
+from detection.engines.run_files import read_state, write_state
+from detection.engines.session import (
+    loss_problem,
+    save_if_due,
+    say,
+    stop_if_not_finite,
+    stop_on_sigterm,
+)
+from moco import distributed
+from moco.distributed import ProcessInfo
+from moco.errors import CheckpointError, DataError, NonFiniteError, dead_worker_as_data_error
+
+ENGINE = "detectron2"
+LOG_FILE = "detectron2_log.txt"
+# Detectron2's, what torch says about it, and Python's warnings.
+_LOGGERS = ("detectron2", "fvcore", "iopath", "torch.fx", "py.warnings")
+_XYXY_ABS = 0  # Detectron2's BoxMode of our records
+_ERROR_PREFIX = f"{DataError.__module__}.{DataError.__name__}: "
+
+
+class CheckedLosses:
+    """What Detectron2's trainer calls as its model: no update is made with losses that are not
+    finite, and all ranks stop together. Detectron2 itself raises on one rank only.
+
+    Args:
+        trainer: Detectron2's DefaultTrainer, whose model is called.
+    """
+
+    def __init__(self, run: Run, trainer):
+        self._run, self._trainer = run, weakref.proxy(trainer)
+        self._model = trainer._trainer.model
+        self.last: dict[str, torch.Tensor] = {}
+
+    @property
+    def training(self) -> bool:
+        return self._model.training
+
+    def __call__(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        """Raises: NonFiniteError."""
+        losses = {}
+        try:
+            losses = self._model(batch)
+            problem = loss_problem(losses)
+        except FloatingPointError as error:  # of the region proposals
+            problem = str(error)
+        lr = self._trainer.optimizer.param_groups[0]["lr"]
+        images = [sample["image_id"] for sample in batch]
+        stop_if_not_finite(problem, images, self._trainer.iter, lr, self._run.process)
+        self.last = losses
+        return losses
+
+
+class CheckedMapper:
+    """A Detectron2 DatasetMapper whose errors name the file in one line.
+
+    A loader worker that it runs in ignores the first SIGTERM: one that is sent to all processes of
+    a run lets the main process save. The next one, of torch's or Python's, ends the worker.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict]):
+        self._mapper = mapper
+        self._is_guarded = False
+
+    def __call__(self, record: dict) -> dict:
+        """Raises: DataError."""
+        if not self._is_guarded and torch.utils.data.get_worker_info() is not None:
+            signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+            self._is_guarded = True
+        try:
+            return self._mapper(record)
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow and Detectron2 raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"{record['file_name']}: Detectron2 cannot use this image ({reason}); correct or "
+                "remove it"
+            ) from error
+
+
+def with_box_modes(records: Sequence[dict]) -> list[dict]:
+    """The records with the field "bbox_mode" in each annotation, as Detectron2 wants it."""
+    return [
+        {**record, "annotations": [{**a, "bbox_mode": _XYXY_ABS} for a in record["annotations"]]}
+        for record in records
+    ]
+
+
+@contextlib.contextmanager
+def loader_errors_in_one_line() -> Iterator[None]:
+    """A dead worker is a DataError, and torch adds the traceback of a worker to one's message."""
+    try:
+        with dead_worker_as_data_error(WORKERS_KEY):
+            yield
+    except DataError as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) < 2:
+            raise
+        raise DataError(lines[-1].removeprefix(_ERROR_PREFIX)) from error
+
+
+@contextlib.contextmanager
+def logs_to_file(run: Run | None) -> Iterator[None]:
+    """Send Detectron2's lines and warnings to a file of the run's folder (None: nowhere)."""
+    handler: logging.Handler = logging.NullHandler()
+    if run is not None:
+        rank = run.process.rank
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        path = run.output_dir / f"{LOG_FILE}{f'.rank{rank}' if rank else ''}"
+        handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.removeHandler(handler)
+        handler.close()
+
+
+def processes_per_machine(process: ProcessInfo) -> int:
+    """Call it on every rank; machines have equal numbers of processes."""
+    local_ranks = [None] * process.world_size
+    dist.all_gather_object(local_ranks, process.local_rank)
+    return max(local_ranks) + 1
+
+
+def load_model(run: Run, path: Path, model: torch.nn.Module) -> dict:
+    """Load a checkpoint of this run into the model, strictly; returns its whole content.
+
+    Raises: CheckpointError where it does not fit.
+    """
+    content = read_state(run, path, engine=ENGINE, keys=("model", "trainer"))
+    _load_strictly(path, model, content["model"])
+    return content
+
+
+def resume(run: Run, trainer, path: Path) -> None:
+    """Go on from the state in `path`. Raises: CheckpointError where it does not fit."""
+    content = load_model(run, path, trainer.checkpointer.model)
+    _load_strictly(path, trainer, content["trainer"])
+    trainer.start_iter = content["iteration"] + 1
+    say(
+        run,
+        f"resuming from {path} at iteration {trainer.start_iter}; Detectron2 draws images and "
+        "random numbers anew, so the result will not equal an uninterrupted run's",
+    )
+
+
+def train(run: Run, trainer) -> None:
+    """All iterations from `trainer.start_iter` on, precise batch norm, then the final model.
+
+    Raises: TrainingStopped, NonFiniteError.
+    """
+    state = trainer.checkpointer.model.state_dict()
+    distributed.check_equal_across_ranks(state, "model at start", run.process.device)
+    trainer.progress = Progress(
+        run.output_dir,
+        start=trainer.start_iter,
+        end=run.cfg.SOLVER.MAX_ITER,
+        period=run.cfg.SOLVER.PROGRESS_PERIOD,
+        show=run.progress,
+    )
+    if trainer.start_iter < run.cfg.SOLVER.MAX_ITER:
+        with stop_on_sigterm() as trainer.stop:
+            trainer.train()
+    # Not within the loop: the state before it is saved, so SIGTERM need not wait for it.
+    if trainer.precise_bn is not None:
+        _update_statistics(run, trainer)
+    trainer.iter = run.cfg.SOLVER.MAX_ITER - 1  # the loop has left it one beyond
+    _save(run, trainer, run.output_dir / FINAL_MODEL)
+
+
+def _load_strictly(path: Path, target, state: dict) -> None:
+    try:
+        target.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
+
+
+def after_step(run: Run, trainer) -> None:
+    """What is told and saved after an iteration; it comes after Detectron2's hooks."""
+    iteration = trainer.iter
+    if trainer.progress.due(iteration):
+        lr, _ = trainer.storage.latest()["lr"]  # the iteration's, the optimizer has the next one's
+        trainer.progress.report(iteration, trainer.losses.last, lr)
+    save_if_due(run, iteration, trainer.stop, partial(_save, run, trainer))
+
+
+def _save(run: Run, trainer, path: Path) -> None:
+    if run.process.is_main:
+        model = trainer.checkpointer.model.state_dict()
+        content = {"model": model, "trainer": trainer.state_dict()}
+        write_state(run, path, content, iteration=trainer.iter, engine=ENGINE)
+
+
+def _update_statistics(run: Run, trainer) -> None:
+    say(run, f"precise batch norm: {run.cfg.TEST.PRECISE_BN.NUM_ITER} batches")
+    try:
+        trainer.precise_bn.update_stats()
+    except FloatingPointError as error:
+        raise NonFiniteError(
+            f"precise batch norm: {error}; training has diverged: lower SOLVER.BASE_LR"
+        ) from error

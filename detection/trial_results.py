@@ -1,0 +1,78 @@
+"""The results of trials: reading one, naming it, and the mean of several."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.run_folder import RESULT_FILE
+from moco.training.checkpoint import read_json
+
+SCORES = ("AP50", "AP", "AP75")
+
+
+def finished_result(folder: Path) -> dict | None:
+    """The result.json of a run, None where there is none or the run failed."""
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    return result if result["status"] == "finished" else None
+
+
+def summarise(trials: Sequence[dict]) -> dict:
+    """Counts, mean and sample standard deviation (n - 1) of the finished trials.
+
+    Returns: {"num_finished", "num_failed", "mean": {score: float or None}, "std": the same};
+        mean is None without a finished trial, std with fewer than 2. A score that a finished
+        trial does not have (AP is undefined for a class without ground truth under the area
+        metric) makes both None.
+    """
+    finished = [trial for trial in trials if trial["status"] == "finished"]
+    mean, std = _mean_and_std(finished)
+    return {
+        "num_finished": len(finished),
+        "num_failed": len(trials) - len(finished),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def summarise_second_opinion(trials: Sequence[dict]) -> dict | None:
+    """{"mean", "std"} as `summarise`'s, of the scores that Detectron2's own evaluator gave.
+
+    Returns: None where the engine has no such evaluator.
+    """
+    finished = [trial for trial in trials if trial["status"] == "finished"]
+    found = [trial["detectron2_evaluator"] for trial in finished if "detectron2_evaluator" in trial]
+    if not found:
+        return None
+    mean, std = _mean_and_std(found)
+    return {"mean": mean, "std": std}
+
+
+def _mean_and_std(scored: Sequence[dict]) -> tuple[dict, dict]:
+    mean, std = {}, {}
+    for score in SCORES:
+        values = [scores[score] for scores in scored]
+        known = bool(values) and None not in values
+        mean[score] = statistics.fmean(values) if known else None
+        std[score] = statistics.stdev(values) if known and len(values) > 1 else None
+    return mean, std
+
+
+def scores_in_words(result: dict) -> str:
+    """AP50, AP and AP75 in percent."""
+    shown = [
+        f"{score} {'undefined' if result[score] is None else f'{result[score]:.2f}'}"
+        for score in SCORES
+    ]
+    return ", ".join(shown)
+
+
+def outcome_in_words(k: int, result: dict) -> str:
+    """The line about the end of trial k."""
+    if result["status"] != "finished":
+        return f"trial {k} failed: {result['error']}"
+    return f"trial {k}: {scores_in_words(result)}"

@@ -1,0 +1,518 @@
+"""The Detectron2 engine: it is Detectron2's trainer, held to this project's guarantees."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.modeling import ROI_HEADS_REGISTRY  # noqa: E402
+
+from detection.config import load_detection_config  # noqa: E402
+from detection.data.datasets import check_and_load  # noqa: E402
+from detection.data.shapes import make_shapes_dataset  # noqa: E402
+from detection.engines import d2_session  # noqa: E402
+from detection.engines.base import Run, TrainingStopped  # noqa: E402
+from detection.engines.d2 import Detectron2Engine  # noqa: E402
+from detection.engines.embedded.engine import EmbeddedEngine  # noqa: E402
+from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
+from detection.engines.progress import Progress  # noqa: E402
+from detection.evaluation.voc_ap import evaluate_voc  # noqa: E402
+from moco.distributed import ProcessInfo  # noqa: E402
+from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError  # noqa: E402
+from moco.training.checkpoint import read_torch_file  # noqa: E402
+
+pytestmark = pytest.mark.detectron2
+
+PROCESS = ProcessInfo(0, 1, 0, torch.device("cpu"))
+NUM_ITERATIONS = 4
+CLASSES = ("circle", "square", "triangle", "cross")
+TINY = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+    "MODEL.RESNETS.NORM": "naiveSyncBN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeadsExtraNorm",
+    "MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 100,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 30,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 100,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+    "INPUT.MIN_SIZE_TRAIN": (61, 69),
+    "INPUT.MIN_SIZE_TEST": 69,
+    "DATASETS.VOC_CLASSES": CLASSES,
+    "DATASETS.TRAIN": ("train",),
+    "DATASETS.TEST": ("test",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": NUM_ITERATIONS,
+    "SOLVER.STEPS": (3,),
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.PROGRESS_PERIOD": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "TEST.PRECISE_BN.ENABLED": True,
+    "TEST.PRECISE_BN.NUM_ITER": 2,
+}
+ONE_ITERATION = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": ()}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    return make_shapes_dataset(root, num_train=6, num_test=5, num_unlabelled=0, size=80, seed=0)
+
+
+def config(root, **keys):
+    keys = {**TINY, "DATASETS.VOC_ROOT": root, **{k.replace("__", "."): v for k, v in keys.items()}}
+    return load_detection_config(None, [str(word) for pair in keys.items() for word in pair])
+
+
+def make_run(root, output_dir, *, seed=3, resume=False, eval_only=False, data=None, **keys):
+    cfg = config(root, **keys)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return Run(
+        cfg=cfg,
+        data=data or check_and_load(cfg),
+        output_dir=output_dir,
+        seed=seed,
+        process=PROCESS,
+        config_digest="digest",
+        resume=resume,
+        eval_only=eval_only,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """An uninterrupted run."""
+    run = make_run(shapes, tmp_path_factory.mktemp("finished"))
+    Detectron2Engine().train(run)
+    return run
+
+
+def stop_at(monkeypatch, iteration, how):
+    """Interrupt the training of one session while it reports `iteration`."""
+    report = Progress.report
+
+    def interrupting(self, now, losses, lr):
+        report(self, now, losses, lr)
+        if now == iteration:
+            how()
+
+    monkeypatch.setattr(Progress, "report", interrupting)
+
+
+def send_sigterm():
+    """To all processes of the run, as a batch system does."""
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash():
+    raise KeyboardInterrupt
+
+
+def model_in(run, name="model_final.pth"):
+    return read_torch_file(run.output_dir / name)["model"]
+
+
+def differing(a, b):
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def metrics(run):
+    lines = (run.output_dir / "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_run_leaves_detectron2s_files_with_manifests_and_our_metrics(finished, capfd):
+    folder = finished.output_dir
+    names = {path.name for path in folder.glob("*.pth")}
+    assert names == {"model_0000002.pth", "model_0000003.pth", "model_final.pth"}
+    assert all((folder / f"{name}.manifest.json").is_file() for name in names)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    content = read_torch_file(folder / "model_final.pth")
+    assert {"model", "trainer", "iteration"} <= content.keys()
+    assert content["trainer"]["iteration"] == content["iteration"] == NUM_ITERATIONS - 1
+    assert content["engine"] == "detectron2" and content["seed"] == 3
+    assert "roi_heads.res5.norm.running_mean" in content["model"]
+    records = metrics(finished)
+    assert [r["iteration"] for r in records] == list(range(NUM_ITERATIONS))
+    assert [r["lr"] for r in records] == pytest.approx([1e-5, 0.005005, 0.01, 0.001])
+    fields = {"total_loss", "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "time"}
+    assert fields <= records[0].keys()
+    assert "detectron2" in (folder / d2_session.LOG_FILE).read_text()
+
+
+def test_detectron2s_checkpointer_reads_the_final_model(finished):
+    from detection.engines.d2 import _build_model, _detectron2_cfg
+
+    model = _build_model(_detectron2_cfg(finished.cfg))
+    DetectionCheckpointer(model).load(str(finished.output_dir / "model_final.pth"))
+    assert differing(model.state_dict(), model_in(finished)) == []
+
+
+def test_it_trains_bit_for_bit_as_the_embedded_engine_replaying_its_stream(
+    shapes, finished, tmp_path
+):
+    """That engine equals Detectron2's own trainer (tests/parity/test_trainer_vs_detectron2.py)."""
+    run = make_run(shapes, tmp_path, DATALOADER__STREAM="detectron2", SEED=3)
+    EmbeddedEngine().train(run)
+    assert differing(model_in(run), model_in(finished)) == []
+    records = finished.data.test_records
+    theirs, ours = (e.predict(r, records) for e, r in ((Detectron2Engine(), finished),
+                                                       (EmbeddedEngine(), run)))  # fmt: skip
+    for image_id, found in theirs.items():
+        assert len(found[0]) and all(map(np.array_equal, found, ours[image_id]))
+
+
+def test_another_seed_is_another_model(shapes, finished, tmp_path):
+    """Negative control of the comparisons of models."""
+    run = make_run(shapes, tmp_path, seed=4)
+    Detectron2Engine().train(run)
+    assert differing(model_in(run), model_in(finished))
+
+
+def test_precise_bn_changes_only_the_statistics(finished):
+    changed = differing(model_in(finished, "model_0000003.pth"), model_in(finished))
+    assert any("running_mean" in name for name in changed)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert all(name.endswith(buffers) for name in changed)
+
+
+def test_catalogs_are_left_as_they_were(finished):
+    assert not [name for name in DatasetCatalog if "training data of" in name]
+    assert not [name for name in MetadataCatalog if "training data of" in name]
+
+
+@pytest.mark.parametrize("iteration, workers", [(1, 2), (NUM_ITERATIONS - 1, 0)])
+def test_sigterm_saves_and_the_run_goes_on(
+    shapes, finished, tmp_path, monkeypatch, capsys, iteration, workers
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, iteration, send_sigterm)
+        with pytest.raises(TrainingStopped, match=f"after iteration {iteration + 1} .*--resume"):
+            run = make_run(shapes, tmp_path, DATALOADER__NUM_WORKERS=workers)
+            Detectron2Engine().train(run)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not multiprocessing.active_children()
+    stopped = read_torch_file(tmp_path / f"model_{iteration:07d}.pth")
+    assert not (tmp_path / "model_final.pth").exists()
+    run = make_run(shapes, tmp_path, resume=True)
+    Detectron2Engine().train(run)
+    printed = capsys.readouterr().out
+    assert f"at iteration {iteration + 1}; Detectron2 draws images and random" in printed
+    # The schedule goes on, and no iteration is done twice.
+    assert [(r["iteration"], r["lr"]) for r in metrics(run)] == [
+        (r["iteration"], r["lr"]) for r in metrics(finished)
+    ]
+    if iteration == NUM_ITERATIONS - 1:  # only precise batch norm was left
+        changed = differing(stopped["model"], model_in(run))
+        assert changed and all(".running_" in n or "batches_tracked" in n for n in changed)
+
+
+def test_resumed_session_begins_with_the_saved_model_and_momentum(shapes, finished, tmp_path):
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("model_final.pth*"):
+        path.unlink()
+    run = make_run(shapes, tmp_path, resume=True)
+    seen = {}
+
+    def note(run, trainer):
+        seen.update(trainer.checkpointer.model.state_dict())
+        seen["momentum"] = trainer.optimizer.state_dict()["state"][0]["momentum_buffer"]
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(d2_session, "train", note)
+        with pytest.raises(KeyboardInterrupt):
+            Detectron2Engine().train(run)
+    saved = read_torch_file(tmp_path / "model_0000003.pth")
+    momentum = saved["trainer"]["_trainer"]["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.equal(seen.pop("momentum"), momentum)
+    assert differing(seen, saved["model"]) == []
+
+
+def test_killed_between_checkpoints_and_resumed_past_damaged_ones(
+    shapes, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, crash)
+        with pytest.raises(KeyboardInterrupt):
+            Detectron2Engine().train(make_run(shapes, tmp_path))
+    newest = tmp_path / "model_0000002.pth"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    # Detectron2's own resume would read this one.
+    (tmp_path / "model_0000003.pth").write_bytes(b"half")
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    Detectron2Engine().train(make_run(shapes, tmp_path, resume=True))
+    printed = capsys.readouterr().out
+    assert printed.count("refused: ") == 2
+    assert "model_0000003.pth: has no manifest" in printed
+    assert "model_0000001.pth at iteration 2" in printed
+    assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_finished_run_is_not_repeated(shapes, finished):
+    before = (finished.output_dir / "model_final.pth").stat().st_mtime_ns
+    Detectron2Engine().train(make_run(shapes, finished.output_dir, resume=True))
+    assert (finished.output_dir / "model_final.pth").stat().st_mtime_ns == before
+
+
+def test_state_of_the_embedded_engine_is_refused(shapes, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0, send_sigterm)
+        with pytest.raises(TrainingStopped):
+            EmbeddedEngine().train(make_run(shapes, tmp_path))
+    with pytest.raises(CheckpointError, match="not a checkpoint of a training run of this engine"):
+        Detectron2Engine().train(make_run(shapes, tmp_path, resume=True))
+
+
+def test_non_finite_loss_names_iteration_and_images(shapes, tmp_path):
+    run = make_run(shapes, tmp_path, SOLVER__BASE_LR=1e18, SOLVER__WARMUP_ITERS=0)
+    with pytest.raises(NonFiniteError, match=r"iteration [1-3]: the loss is not finite") as caught:
+        Detectron2Engine().train(run)
+    ids = [record["image_id"] for record in run.data.train_records]
+    assert sum(image_id in str(caught.value) for image_id in ids) == 2
+    assert "\n" not in str(caught.value) and not (tmp_path / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_cannot_be_read_is_one_line(shapes, tmp_path, workers):
+    run = make_run(shapes, tmp_path / "run", DATALOADER__NUM_WORKERS=workers)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    for record in run.data.train_records:
+        record["file_name"] = str(broken)
+    with pytest.raises(DataError, match=r"^[^\n]*broken.jpg: Detectron2 cannot use[^\n]*$"):
+        Detectron2Engine().train(run)
+
+
+# Weights
+
+
+def backbone_file(path, cfg, change=lambda tensors: None):
+    """A converted backbone: what MoCo's converter leaves of this model."""
+    torch.manual_seed(1)
+    tensors = {}
+    for name, tensor in build_model(cfg).state_dict().items():
+        prefix = "backbone." if name.startswith("backbone.") else "roi_heads."
+        short = name.removeprefix(prefix)
+        if short.startswith(("stem.", "res")) and not short.startswith("res5.norm"):
+            if not short.endswith("num_batches_tracked"):
+                tensors[short] = tensor + 0.125
+    change(tensors)
+    content = {"model": tensors, "__author__": "test", "matching_heuristics": True}
+    if path.suffix == ".pkl":
+        content["model"] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path)
+    return tensors
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_backbone_is_loaded_by_its_checkpointer_without_running_code(
+    shapes, tmp_path, monkeypatch, suffix
+):
+    path = tmp_path / f"moco{suffix}"
+    tensors = backbone_file(path, config(shapes))
+    assert len(tensors) == 265
+    run = make_run(shapes, tmp_path / "run", MODEL__WEIGHTS=path)
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
+    line = Detectron2Engine().check(run.cfg, eval_only=False)
+    assert "265 tensors loaded" in line
+    seen = {}
+    monkeypatch.setattr(
+        d2_session, "train", lambda _, t: seen.update(t.checkpointer.model.state_dict())
+    )
+    Detectron2Engine().train(run)
+    for name, tensor in tensors.items():
+        whole = f"roi_heads.{name}" if name.startswith("res5.") else f"backbone.{name}"
+        assert torch.equal(seen[whole], tensor)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("res4.3.conv2.weight"), r"lacks 1 .*res4.3.conv2.weight"),
+        (lambda t: t.update(res9=torch.zeros(1)), "res9"),
+        (lambda t: t.update({"stem.conv1.weight": torch.zeros(9, 3, 7, 7)}), "has shape"),
+        (lambda t: t["res2.0.conv1.weight"].fill_(float("nan")), "NaN"),
+    ],
+)
+def test_wrong_weights_are_refused_before_training(shapes, tmp_path, change, message):
+    path = tmp_path / "wrong.pth"
+    backbone_file(path, config(shapes), change)
+    with pytest.raises(CheckpointError, match=message):
+        Detectron2Engine().check(config(shapes, MODEL__WEIGHTS=path), eval_only=False)
+
+
+def test_a_tensor_that_its_checkpointer_passes_over_is_an_error(shapes, tmp_path, monkeypatch):
+    path = tmp_path / "moco.pth"
+    backbone_file(path, config(shapes))
+    load = DetectionCheckpointer._load_model
+
+    def forgetful(self, checkpoint):
+        checkpoint["model"] = {n: t for n, t in checkpoint["model"].items() if "res3.1" not in n}
+        return load(self, checkpoint)
+
+    monkeypatch.setattr(DetectionCheckpointer, "_load_model", forgetful)
+    with pytest.raises(CheckpointError, match="Detectron2 loads 15 tensors otherwise .*res3.1"):
+        Detectron2Engine().check(config(shapes, MODEL__WEIGHTS=path), eval_only=False)
+
+
+def test_eval_only_needs_a_fine_tuned_model(shapes, tmp_path):
+    path = tmp_path / "moco.pth"
+    backbone_file(path, config(shapes))
+    with pytest.raises(CheckpointError, match="--eval-only needs a fine-tuned model"):
+        Detectron2Engine().check(config(shapes, MODEL__WEIGHTS=path), eval_only=True)
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is ''"):
+        Detectron2Engine().check(config(shapes), eval_only=True)
+
+
+def test_either_engine_runs_the_others_model_with_the_same_detections(shapes, finished, tmp_path):
+    records = finished.data.test_records
+    weights = finished.output_dir / "model_final.pth"
+    evaluated = make_run(shapes, tmp_path / "a", eval_only=True, MODEL__WEIGHTS=weights)
+    of_theirs = [e.predict(evaluated, records) for e in (EmbeddedEngine(), Detectron2Engine())]
+    embedded = make_run(shapes, tmp_path / "b")
+    EmbeddedEngine().train(embedded)
+    weights = embedded.output_dir / "model_final.pth"
+    evaluated = make_run(shapes, tmp_path / "c", eval_only=True, MODEL__WEIGHTS=weights)
+    of_ours = [e.predict(evaluated, records) for e in (EmbeddedEngine(), Detectron2Engine())]
+    for first, second in (of_theirs, of_ours):
+        for image_id, found in first.items():
+            assert len(found[0]) and all(map(np.array_equal, found, second[image_id]))
+    assert not np.array_equal(of_theirs[0]["test_00000"][0], of_ours[0]["test_00000"][0])
+
+
+def test_detector_detects_as_predict(finished):
+    records = finished.data.test_records
+    detect = Detectron2Engine().detector(finished)
+    for image_id, found in Detectron2Engine().predict(finished, records).items():
+        (record,) = (r for r in records if r["image_id"] == image_id)
+        without = {key: value for key, value in record.items() if key != "annotations"}
+        assert all(map(np.array_equal, found, detect(without)))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"MODEL__CHANNELS_LAST": True}, "MODEL.CHANNELS_LAST is True.*--engine embedded"),
+        ({"TEST__AMP__ENABLED": True}, "TEST.AMP.ENABLED"),
+        ({"SOLVER__AMP__ENABLED": True}, "SOLVER.AMP.ENABLED.*GPU only"),
+        ({"SOLVER__STEPS": (NUM_ITERATIONS,)}, "SOLVER: Detectron2 cannot build"),
+    ],
+)
+def test_what_it_does_not_implement_is_an_error(shapes, monkeypatch, keys, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        Detectron2Engine().check(config(shapes, **keys), eval_only=False)
+
+
+def test_extra_norm_heads_are_registered(finished):
+    assert "Res5ROIHeadsExtraNorm" in ROI_HEADS_REGISTRY
+
+
+def test_versions_name_what_changes_numbers():
+    versions = Detectron2Engine().versions()
+    assert {"torch", "torchvision", "detectron2", "pillow"} <= versions.keys()
+    assert all(versions.values())
+
+
+# Detectron2's own evaluator
+
+
+def near_the_truth(records, seed=0):
+    """Detections scattered round the objects, with scores that differ at three decimals."""
+    rng = np.random.default_rng(seed)
+    score = iter(rng.permutation(np.arange(1, 1000)) / 1000)
+    detections = {}
+    for record in records:
+        boxes, scores, classes = [], [], []
+        for annotation in record["annotations"] * 3:
+            boxes.append(np.asarray(annotation["bbox"]) + rng.normal(0, 3, 4))
+            scores.append(next(score))
+            wrong = rng.random() < 0.2
+            classes.append((annotation["category_id"] + wrong) % len(CLASSES))
+        detections[record["image_id"]] = (
+            np.array(boxes, np.float32).reshape(-1, 4),
+            np.array(scores, np.float32),
+            np.array(classes, np.int64),
+        )
+    return detections
+
+
+@pytest.fixture
+def copy_of_shapes(shapes, tmp_path):
+    return shutil.copytree(shapes, tmp_path / "copy")
+
+
+def edit_xml(root, edit):
+    for path in sorted((root / "Annotations").glob("test_*.xml")):
+        path.write_text(edit(path.read_text()))
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+@pytest.mark.parametrize("difficult", [False, True])
+def test_both_evaluators_agree(copy_of_shapes, tmp_path, year, difficult):
+    old, new = "<difficult>0</difficult>", "<difficult>1</difficult>"
+    if difficult:
+        edit_xml(copy_of_shapes, lambda text: text.replace(old, new, 1))
+    run = make_run(copy_of_shapes, tmp_path / "run", DATASETS__VOC_METRIC=year)
+    records = run.data.test_records
+    detections = near_the_truth(records)
+    ours = evaluate_voc(detections, records, CLASSES, year, True)
+    theirs = Detectron2Engine().second_opinion(run, records, detections)
+    assert 5 < theirs["AP"] < theirs["AP50"] < 95
+    assert theirs == {"AP": ours.ap, "AP50": ours.ap50, "AP75": ours.ap75}
+
+
+def test_its_memory_of_annotations_is_dropped(copy_of_shapes, tmp_path):
+    run = make_run(copy_of_shapes, tmp_path / "run")
+    records = run.data.test_records
+    detections = near_the_truth(records)
+    before = Detectron2Engine().second_opinion(run, records, detections)
+    edit_xml(copy_of_shapes, lambda text: text.replace("<difficult>0", "<difficult>1"))
+    assert Detectron2Engine().second_opinion(run, records, detections) != before
+
+
+@pytest.mark.parametrize(
+    "edit, reason",
+    [
+        (lambda text: text.replace("</xmin>", ".5</xmin>"), "test_00000.xml: ValueError.*'.*\\.5'"),
+        (lambda text: text.replace("<difficult>0</difficult>", ""), "xml: AttributeError"),
+    ],
+)
+def test_what_its_evaluator_cannot_read_is_a_reason_not_a_crash(
+    copy_of_shapes, tmp_path, capsys, edit, reason
+):
+    edit_xml(copy_of_shapes, edit)
+    run = make_run(copy_of_shapes, tmp_path / "run")
+    records = run.data.test_records
+    opinion = Detectron2Engine().second_opinion(run, records, near_the_truth(records))
+    assert (opinion["AP"], opinion["AP50"], opinion["AP75"]) == (None, None, None)
+    assert re.search(reason, opinion["reason"])
+    assert "evaluator gives no score" in capsys.readouterr().out

@@ -1,0 +1,260 @@
+"""A whole run against Detectron2's own trainer, bitwise, on a CPU in fp32: its seeding, loader with
+worker processes, warm-up, learning-rate step, precise batch norm and final checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.data.datasets import register_pascal_voc  # noqa: E402
+from detectron2.engine import DefaultTrainer, HookBase, default_setup  # noqa: E402
+from parity import detectron2_side  # noqa: E402, F401  (registers the norm after res5)
+
+from detection.config import load_detection_config  # noqa: E402
+from detection.data.datasets import check_and_load  # noqa: E402
+from detection.data.shapes import DEFAULT_CLASSES, make_shapes_dataset  # noqa: E402
+from detection.engines.base import Run, TrainingStopped  # noqa: E402
+from detection.engines.embedded import randomness  # noqa: E402
+from detection.engines.embedded.engine import EmbeddedEngine  # noqa: E402
+from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
+from detection.engines.progress import Progress  # noqa: E402
+from moco.distributed import ProcessInfo  # noqa: E402
+from moco.training.checkpoint import read_torch_file  # noqa: E402
+
+pytestmark = pytest.mark.detectron2
+
+NUM_ITERATIONS = 12
+SEED = 11
+LOSSES = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
+SHARED = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+    "MODEL.RESNETS.NORM": "naiveSyncBN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeadsExtraNorm",
+    "MODEL.ROI_HEADS.NUM_CLASSES": len(DEFAULT_CLASSES),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 100,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 30,
+    "INPUT.MIN_SIZE_TRAIN": (61, 69, 75),
+    "INPUT.MAX_SIZE_TRAIN": 90,
+    "DATASETS.TRAIN": ("train",),
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": NUM_ITERATIONS,
+    "SOLVER.STEPS": (9,),
+    "SOLVER.WARMUP_ITERS": 4,
+    "SOLVER.BASE_LR": 0.01,
+    "TEST.PRECISE_BN.ENABLED": True,
+    "TEST.PRECISE_BN.NUM_ITER": 3,
+    "SEED": SEED,
+}
+OURS = {
+    "DATALOADER.STREAM": "detectron2",
+    "DATASETS.TEST": ("test",),
+    "DATASETS.VOC_CLASSES": DEFAULT_CLASSES,
+    "SOLVER.PROGRESS_PERIOD": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    make_shapes_dataset(root, num_train=9, num_test=1, num_unlabelled=0, size=80, seed=4)
+    register_pascal_voc("train", str(root), "train", 2012, DEFAULT_CLASSES)
+    yield root
+    DatasetCatalog.remove("train")
+    MetadataCatalog.remove("train")
+
+
+class NoteLosses(HookBase):
+    def __init__(self):
+        self.losses = []
+
+    def after_step(self):
+        latest = self.trainer.storage.latest()
+        self.losses.append({name: latest[name][0] for name in LOSSES})
+
+
+class Trainer(DefaultTrainer):
+    def build_writers(self):
+        return []
+
+
+def run_detectron2(output_dir, num_workers, weights) -> dict:
+    """What is left of a run of the official trainer."""
+    cfg = get_cfg()
+    cfg.merge_from_list([item for pair in SHARED.items() for item in pair])
+    cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.WEIGHTS = num_workers, str(weights)
+    cfg.OUTPUT_DIR = str(output_dir)
+    default_setup(cfg, None)
+    trainer, noted = Trainer(cfg), NoteLosses()
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([noted])
+    trainer.train()
+    saved = torch.load(output_dir / "model_final.pth", weights_only=True)
+    optimizer = trainer.optimizer.state_dict()
+    return {
+        "model": saved["model"],
+        "momentum": optimizer["state"],
+        "params": [group["params"] for group in optimizer["param_groups"]],
+        "losses": noted.losses,
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(legacy=True),
+    }
+
+
+def make_run(root, output_dir, num_workers, *, resume=False, **changes) -> Run:
+    keys = {**SHARED, **OURS, "DATALOADER.NUM_WORKERS": num_workers, "DATASETS.VOC_ROOT": root}
+    keys |= {key.replace("__", "."): value for key, value in changes.items()}
+    cfg = load_detection_config(None, [str(word) for pair in keys.items() for word in pair])
+    return Run(
+        cfg=cfg,
+        data=check_and_load(cfg),
+        output_dir=output_dir,
+        seed=cfg.SEED,
+        process=ProcessInfo(0, 1, 0, torch.device("cpu")),
+        config_digest="digest",
+        resume=resume,
+        progress=False,
+    )
+
+
+def run_embedded(run: Run, monkeypatch) -> dict:
+    """As `run_detectron2`."""
+    streams = []
+
+    class Noted(randomness.Detectron2Stream):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            streams.append(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(randomness, "Detectron2Stream", Noted)
+        EmbeddedEngine().train(run)
+    saved = read_torch_file(run.output_dir / "model_final.pth")
+    lines = (run.output_dir / "metrics.json").read_text().splitlines()
+    return {
+        "model": saved["model"],
+        "momentum": saved["optimizer"]["state"],
+        "params": [group["params"] for group in saved["optimizer"]["param_groups"]],
+        "losses": [{name: json.loads(line)[name] for name in LOSSES} for line in lines],
+        "torch": torch.get_rng_state(),
+        "numpy": streams[0].main_numpy.get_state(legacy=True) if streams else None,
+    }
+
+
+def differing(ours, theirs, where="") -> list[str]:
+    """Paths at which two nested states are not bit for bit the same."""
+    if isinstance(ours, dict):
+        if list(ours) != list(theirs):
+            return [f"{where}: keys"]
+        return [d for k in ours for d in differing(ours[k], theirs[k], f"{where}/{k}")]
+    if isinstance(ours, list | tuple):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [d for k, (a, b) in pairs for d in differing(a, b, f"{where}/{k}")]
+    if torch.is_tensor(ours):
+        same = torch.equal(ours, theirs)
+    else:
+        same = np.array_equal(ours, theirs)
+    return [] if same else [where]
+
+
+@pytest.fixture(scope="module")
+def official(shapes, tmp_path_factory):
+    """official(num_workers): the run of Detectron2, done once."""
+    done = {}
+
+    def run(num_workers: int, weights="") -> dict:
+        if (num_workers, weights) not in done:
+            output_dir = tmp_path_factory.mktemp("detectron2")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                done[num_workers, weights] = run_detectron2(output_dir, num_workers, weights)
+        return done[num_workers, weights]
+
+    return run
+
+
+@pytest.fixture
+def backbone_file(tmp_path):
+    """Pretrained weights in a converter's form: backbone and res5, no heads."""
+    cfg = load_detection_config(None, [item for pair in SHARED.items() for item in pair])
+    torch.manual_seed(99)
+    renamed = {}
+    for name, tensor in build_model(cfg).state_dict().items():
+        short = name.removeprefix("backbone.").removeprefix("roi_heads.")
+        if short.startswith(("stem.", "res")) and "res5.norm" not in short:
+            renamed[short] = tensor
+    path = tmp_path / "backbone.pth"
+    torch.save({"model": renamed, "__author__": "test", "matching_heuristics": True}, path)
+    return path
+
+
+def assert_equal(ours: dict, theirs: dict) -> None:
+    assert len(ours["losses"]) == NUM_ITERATIONS
+    assert len(ours["model"]) == 333 and len(ours["momentum"]) == 171
+    assert differing(ours, theirs) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_whole_run_is_equal(shapes, official, tmp_path, monkeypatch, num_workers):
+    ours = run_embedded(make_run(shapes, tmp_path, num_workers), monkeypatch)
+    assert_equal(ours, official(num_workers))
+    if num_workers:  # control: without workers it is another run
+        found = differing(ours, official(0))
+        assert "/losses/0/loss_cls" in found and "/model/roi_heads.res5.norm.running_var" in found
+
+
+def test_run_from_pretrained_weights_is_equal(
+    shapes, official, tmp_path, monkeypatch, backbone_file
+):
+    theirs = official(2, backbone_file)
+    run = make_run(shapes, tmp_path, 2, MODEL__WEIGHTS=backbone_file)
+    assert_equal(run_embedded(run, monkeypatch), theirs)
+    assert differing(theirs["losses"], official(2)["losses"])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "iteration"), [(2, 3), (0, NUM_ITERATIONS - 1)], ids=["middle", "precise_bn"]
+)
+def test_interrupted_and_resumed_run_is_equal(
+    shapes, official, tmp_path, monkeypatch, num_workers, iteration
+):
+    report = Progress.report
+
+    def interrupting(self, now, losses, lr):
+        report(self, now, losses, lr)
+        if now == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        patch.setattr(Progress, "report", interrupting)
+        EmbeddedEngine().train(make_run(shapes, tmp_path, num_workers))
+    torch.manual_seed(0)
+    run = make_run(shapes, tmp_path, num_workers, resume=True)
+    assert_equal(run_embedded(run, monkeypatch), official(num_workers))
+
+
+def test_stateless_stream_is_another_run(shapes, official, tmp_path, monkeypatch):
+    """Negative control."""
+    run = make_run(shapes, tmp_path, 0, DATALOADER__STREAM="stateless")
+    ours = run_embedded(run, monkeypatch)
+    found = differing(ours, official(0))
+    assert "/losses/0/loss_cls" in found and "/model/roi_heads.res5.norm.running_var" in found
