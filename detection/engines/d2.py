@@ -141,6 +141,7 @@ def _import_all() -> None:
     """Everything of Detectron2 that this file uses, its compiled operators included."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what newer packages will remove
+        import detectron2
         import detectron2._C
         import detectron2.checkpoint
         import detectron2.config
