@@ -320,8 +320,15 @@ class TrainLoader:
 
 
 def _end_workers(batches) -> None:
-    if batches is not None:
+    if batches is None:
+        return
+    try:
         batches._shutdown_workers()  # what torch itself calls when it drops the iterator
+    except RuntimeError as error:
+        # torch's signal handler reports the death of a worker, which next() may have met before
+        # it as a broken pipe. What is left is ended all the same, by a `finally` of torch's.
+        if "DataLoader worker" not in str(error):
+            raise
 
 
 class _TrainDataset(torch.utils.data.Dataset):

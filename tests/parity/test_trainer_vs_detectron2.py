@@ -5,13 +5,12 @@ worker processes, warm-up, learning-rate step, precise batch norm and final chec
 from __future__ import annotations
 
 import json
-import os
-import signal
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from training_runs import differing, send_sigterm, stop_at
 
 pytest.importorskip("detectron2")
 
@@ -28,7 +27,6 @@ from detection.engines.base import Run, TrainingStopped  # noqa: E402
 from detection.engines.embedded import randomness  # noqa: E402
 from detection.engines.embedded.engine import EmbeddedEngine  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
-from detection.engines.progress import Progress  # noqa: E402
 from moco.distributed import ProcessInfo  # noqa: E402
 from moco.training.checkpoint import read_torch_file  # noqa: E402
 
@@ -160,22 +158,6 @@ def run_embedded(run: Run, monkeypatch) -> dict:
     }
 
 
-def differing(ours, theirs, where="") -> list[str]:
-    """Paths at which two nested states are not bit for bit the same."""
-    if isinstance(ours, dict):
-        if list(ours) != list(theirs):
-            return [f"{where}: keys"]
-        return [d for k in ours for d in differing(ours[k], theirs[k], f"{where}/{k}")]
-    if isinstance(ours, list | tuple):
-        pairs = enumerate(zip(ours, theirs, strict=True))
-        return [d for k, (a, b) in pairs for d in differing(a, b, f"{where}/{k}")]
-    if torch.is_tensor(ours):
-        same = torch.equal(ours, theirs)
-    else:
-        same = np.array_equal(ours, theirs)
-    return [] if same else [where]
-
-
 @pytest.fixture(scope="module")
 def official(shapes, tmp_path_factory):
     """official(num_workers): the run of Detectron2, done once."""
@@ -219,7 +201,7 @@ def test_whole_run_is_equal(shapes, official, tmp_path, monkeypatch, num_workers
     assert_equal(ours, official(num_workers))
     if num_workers:  # control: without workers it is another run
         found = differing(ours, official(0))
-        assert "/losses/0/loss_cls" in found and "/model/roi_heads.res5.norm.running_var" in found
+        assert ".losses.0.loss_cls" in found and ".model.roi_heads.res5.norm.running_var" in found
 
 
 def test_run_from_pretrained_weights_is_equal(
@@ -237,15 +219,8 @@ def test_run_from_pretrained_weights_is_equal(
 def test_interrupted_and_resumed_run_is_equal(
     shapes, official, tmp_path, monkeypatch, num_workers, iteration
 ):
-    report = Progress.report
-
-    def interrupting(self, now, losses, lr):
-        report(self, now, losses, lr)
-        if now == iteration:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-        patch.setattr(Progress, "report", interrupting)
+        stop_at(patch, iteration, send_sigterm)
         EmbeddedEngine().train(make_run(shapes, tmp_path, num_workers))
     torch.manual_seed(0)
     run = make_run(shapes, tmp_path, num_workers, resume=True)
@@ -257,4 +232,4 @@ def test_stateless_stream_is_another_run(shapes, official, tmp_path, monkeypatch
     run = make_run(shapes, tmp_path, 0, DATALOADER__STREAM="stateless")
     ours = run_embedded(run, monkeypatch)
     found = differing(ours, official(0))
-    assert "/losses/0/loss_cls" in found and "/model/roi_heads.res5.norm.running_var" in found
+    assert ".losses.0.loss_cls" in found and ".model.roi_heads.res5.norm.running_var" in found

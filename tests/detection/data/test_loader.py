@@ -286,6 +286,28 @@ def test_a_dead_worker_is_one_line(records):
     loader.close()
 
 
+def test_a_death_reported_again_while_workers_end_is_not_an_error(records, monkeypatch):
+    """torch's signal handler may speak after next() has met the broken pipe."""
+    loader, worker = loader_with_worker(records)
+    end = loader._batches._shutdown_workers
+
+    def reports(message):
+        def shut_down():
+            end()
+            raise RuntimeError(message)
+
+        return shut_down
+
+    monkeypatch.setattr(loader._batches, "_shutdown_workers", reports("DataLoader worker (pid 1)"))
+    loader.close()
+    assert not worker.is_alive()
+    loader, worker = loader_with_worker(records)
+    end = loader._batches._shutdown_workers
+    monkeypatch.setattr(loader._batches, "_shutdown_workers", reports("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        loader.close()
+
+
 def test_workers_end_with_the_program(records):
     """A program that still holds its loader must end all the same."""
     code = (

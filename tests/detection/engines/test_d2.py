@@ -2,9 +2,7 @@
 
 import json
 import multiprocessing
-import os
 import pickle
-import re
 import shutil
 import signal
 
@@ -17,85 +15,27 @@ pytest.importorskip("detectron2")
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.modeling import ROI_HEADS_REGISTRY  # noqa: E402
+from detectron2_runs import (  # noqa: E402
+    NUM_ITERATIONS,
+    config,
+    make_run,
+    make_shapes,
+)
+from training_runs import crash, send_sigterm, stop_at  # noqa: E402
 
-from detection.config import load_detection_config  # noqa: E402
-from detection.data.datasets import check_and_load  # noqa: E402
-from detection.data.shapes import make_shapes_dataset  # noqa: E402
 from detection.engines import d2_session  # noqa: E402
-from detection.engines.base import Run, TrainingStopped  # noqa: E402
+from detection.engines.base import TrainingStopped  # noqa: E402
 from detection.engines.d2 import Detectron2Engine  # noqa: E402
 from detection.engines.embedded.engine import EmbeddedEngine  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
-from detection.engines.progress import Progress  # noqa: E402
-from detection.evaluation.voc_ap import evaluate_voc  # noqa: E402
-from moco.distributed import ProcessInfo  # noqa: E402
 from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError  # noqa: E402
 from moco.training.checkpoint import read_torch_file  # noqa: E402
 
 pytestmark = pytest.mark.detectron2
 
-PROCESS = ProcessInfo(0, 1, 0, torch.device("cpu"))
-NUM_ITERATIONS = 4
-CLASSES = ("circle", "square", "triangle", "cross")
-TINY = {
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
-    "MODEL.RESNETS.NORM": "naiveSyncBN",
-    "MODEL.RESNETS.STRIDE_IN_1X1": False,
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
-    "MODEL.ROI_HEADS.NAME": "Res5ROIHeadsExtraNorm",
-    "MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES),
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 100,
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 30,
-    "MODEL.RPN.PRE_NMS_TOPK_TEST": 100,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
-    "INPUT.MIN_SIZE_TRAIN": (61, 69),
-    "INPUT.MIN_SIZE_TEST": 69,
-    "DATASETS.VOC_CLASSES": CLASSES,
-    "DATASETS.TRAIN": ("train",),
-    "DATASETS.TEST": ("test",),
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": NUM_ITERATIONS,
-    "SOLVER.STEPS": (3,),
-    "SOLVER.WARMUP_ITERS": 2,
-    "SOLVER.BASE_LR": 0.01,
-    "SOLVER.PROGRESS_PERIOD": 1,
-    "SOLVER.CHECKPOINT_PERIOD": 1,
-    "TEST.PRECISE_BN.ENABLED": True,
-    "TEST.PRECISE_BN.NUM_ITER": 2,
-}
-ONE_ITERATION = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": ()}
-
-
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    return make_shapes_dataset(root, num_train=6, num_test=5, num_unlabelled=0, size=80, seed=0)
-
-
-def config(root, **keys):
-    keys = {**TINY, "DATASETS.VOC_ROOT": root, **{k.replace("__", "."): v for k, v in keys.items()}}
-    return load_detection_config(None, [str(word) for pair in keys.items() for word in pair])
-
-
-def make_run(root, output_dir, *, seed=3, resume=False, eval_only=False, data=None, **keys):
-    cfg = config(root, **keys)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return Run(
-        cfg=cfg,
-        data=data or check_and_load(cfg),
-        output_dir=output_dir,
-        seed=seed,
-        process=PROCESS,
-        config_digest="digest",
-        resume=resume,
-        eval_only=eval_only,
-    )
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")
@@ -104,29 +44,6 @@ def finished(shapes, tmp_path_factory):
     run = make_run(shapes, tmp_path_factory.mktemp("finished"))
     Detectron2Engine().train(run)
     return run
-
-
-def stop_at(monkeypatch, iteration, how):
-    """Interrupt the training of one session while it reports `iteration`."""
-    report = Progress.report
-
-    def interrupting(self, now, losses, lr):
-        report(self, now, losses, lr)
-        if now == iteration:
-            how()
-
-    monkeypatch.setattr(Progress, "report", interrupting)
-
-
-def send_sigterm():
-    """To all processes of the run, as a batch system does."""
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def crash():
-    raise KeyboardInterrupt
 
 
 def model_in(run, name="model_final.pth"):
@@ -440,79 +357,3 @@ def test_versions_name_what_changes_numbers():
     versions = Detectron2Engine().versions()
     assert {"torch", "torchvision", "detectron2", "pillow"} <= versions.keys()
     assert all(versions.values())
-
-
-# Detectron2's own evaluator
-
-
-def near_the_truth(records, seed=0):
-    """Detections scattered round the objects, with scores that differ at three decimals."""
-    rng = np.random.default_rng(seed)
-    score = iter(rng.permutation(np.arange(1, 1000)) / 1000)
-    detections = {}
-    for record in records:
-        boxes, scores, classes = [], [], []
-        for annotation in record["annotations"] * 3:
-            boxes.append(np.asarray(annotation["bbox"]) + rng.normal(0, 3, 4))
-            scores.append(next(score))
-            wrong = rng.random() < 0.2
-            classes.append((annotation["category_id"] + wrong) % len(CLASSES))
-        detections[record["image_id"]] = (
-            np.array(boxes, np.float32).reshape(-1, 4),
-            np.array(scores, np.float32),
-            np.array(classes, np.int64),
-        )
-    return detections
-
-
-@pytest.fixture
-def copy_of_shapes(shapes, tmp_path):
-    return shutil.copytree(shapes, tmp_path / "copy")
-
-
-def edit_xml(root, edit):
-    for path in sorted((root / "Annotations").glob("test_*.xml")):
-        path.write_text(edit(path.read_text()))
-
-
-@pytest.mark.parametrize("year", [2007, 2012])
-@pytest.mark.parametrize("difficult", [False, True])
-def test_both_evaluators_agree(copy_of_shapes, tmp_path, year, difficult):
-    old, new = "<difficult>0</difficult>", "<difficult>1</difficult>"
-    if difficult:
-        edit_xml(copy_of_shapes, lambda text: text.replace(old, new, 1))
-    run = make_run(copy_of_shapes, tmp_path / "run", DATASETS__VOC_METRIC=year)
-    records = run.data.test_records
-    detections = near_the_truth(records)
-    ours = evaluate_voc(detections, records, CLASSES, year, True)
-    theirs = Detectron2Engine().second_opinion(run, records, detections)
-    assert 5 < theirs["AP"] < theirs["AP50"] < 95
-    assert theirs == {"AP": ours.ap, "AP50": ours.ap50, "AP75": ours.ap75}
-
-
-def test_its_memory_of_annotations_is_dropped(copy_of_shapes, tmp_path):
-    run = make_run(copy_of_shapes, tmp_path / "run")
-    records = run.data.test_records
-    detections = near_the_truth(records)
-    before = Detectron2Engine().second_opinion(run, records, detections)
-    edit_xml(copy_of_shapes, lambda text: text.replace("<difficult>0", "<difficult>1"))
-    assert Detectron2Engine().second_opinion(run, records, detections) != before
-
-
-@pytest.mark.parametrize(
-    "edit, reason",
-    [
-        (lambda text: text.replace("</xmin>", ".5</xmin>"), "test_00000.xml: ValueError.*'.*\\.5'"),
-        (lambda text: text.replace("<difficult>0</difficult>", ""), "xml: AttributeError"),
-    ],
-)
-def test_what_its_evaluator_cannot_read_is_a_reason_not_a_crash(
-    copy_of_shapes, tmp_path, capsys, edit, reason
-):
-    edit_xml(copy_of_shapes, edit)
-    run = make_run(copy_of_shapes, tmp_path / "run")
-    records = run.data.test_records
-    opinion = Detectron2Engine().second_opinion(run, records, near_the_truth(records))
-    assert (opinion["AP"], opinion["AP50"], opinion["AP75"]) == (None, None, None)
-    assert re.search(reason, opinion["reason"])
-    assert "evaluator gives no score" in capsys.readouterr().out

@@ -1,13 +1,13 @@
 """The embedded engine's loop: exact resume, what it refuses, what it writes."""
 
 import json
-import os
 import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
+from training_runs import crash, differing, final_state, in_two_ranks, send_sigterm, stop_at
 
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
@@ -87,42 +87,6 @@ def finished(shapes, tmp_path_factory):
     run = make_run(shapes, tmp_path_factory.mktemp("finished"))
     EmbeddedEngine().train(run)
     return run
-
-
-def stop_at(monkeypatch, iteration, how):
-    """Interrupt the training of one session while it reports `iteration`."""
-    report = Progress.report
-
-    def interrupting(self, now, losses, lr):
-        report(self, now, losses, lr)
-        if now == iteration:
-            how()
-
-    monkeypatch.setattr(Progress, "report", interrupting)
-
-
-def send_sigterm():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def crash():
-    raise KeyboardInterrupt
-
-
-def differing(a, b, path=""):
-    """Paths at which two nested states are not bit for bit the same."""
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{path} keys"]
-        return [d for k in a for d in differing(a[k], b[k], f"{path}.{k}")]
-    if isinstance(a, list):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differing(x, y, i)]
-    same = torch.equal(a, b) if torch.is_tensor(a) else a == b
-    return [] if same else [path]
-
-
-def final_state(run):
-    return read_torch_file(run.output_dir / "model_final.pth")
 
 
 def records(run):
@@ -350,22 +314,7 @@ def _two_processes(root, output_dir):
 
 
 def test_two_processes(shapes, finished, tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    ports = distributed._free_port()
-    workers = []
-    for rank in range(2):
-        variables = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, MASTER_PORT=ports)
-        variables = {k: str(v) for k, v in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-        def work(variables=variables):
-            os.environ.update(variables)
-            _two_processes(shapes, tmp_path)
-
-        workers.append(context.Process(target=work))
-        workers[-1].start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    in_two_ranks(_two_processes, shapes, tmp_path)
     with open(tmp_path / "metrics.json") as file:
         losses = [json.loads(line)["total_loss"] for line in file]
     # Samplers differ by rank, the images do not.

@@ -5,11 +5,9 @@ That such a run equals Detectron2's is shown in tests/parity/test_trainer_vs_det
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 import torch
+from training_runs import differing, final_state, in_two_ranks, send_sigterm, stop_at
 
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
@@ -17,12 +15,11 @@ from detection.data.shapes import DEFAULT_CLASSES, make_shapes_dataset
 from detection.engines.base import Run, TrainingStopped
 from detection.engines.embedded.engine import EmbeddedEngine
 from detection.engines.embedded.randomness import Detectron2Randomness, build_randomness
-from detection.engines.progress import Progress
 from detection.run_folder import run_digest
 from moco import distributed
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError
-from moco.training.checkpoint import read_torch_file, remove_checkpoint
+from moco.training.checkpoint import remove_checkpoint
 
 ALONE = ProcessInfo(0, 1, 0, torch.device("cpu"))
 NUM_ITERATIONS = 3
@@ -78,22 +75,6 @@ def make_run(root, output_dir, num_workers=0, *, process=ALONE, resume=False, **
     )
 
 
-def final_state(run):
-    return read_torch_file(run.output_dir / "model_final.pth")
-
-
-def differing(a, b, where="") -> list[str]:
-    """Paths at which two nested states are not bit for bit the same."""
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{where} keys"]
-        return [d for k in a for d in differing(a[k], b[k], f"{where}.{k}")]
-    if isinstance(a, list):
-        pairs = enumerate(zip(a, b, strict=True))
-        return [d for i, (x, y) in pairs for d in differing(x, y, f"{where}.{i}")]
-    return [] if (torch.equal(a, b) if torch.is_tensor(a) else a == b) else [where]
-
-
 @pytest.fixture(scope="module")
 def finished(shapes, tmp_path_factory):
     """finished(num_workers): an uninterrupted run, done once."""
@@ -112,15 +93,8 @@ def finished(shapes, tmp_path_factory):
 def test_stopped_and_resumed_equals_uninterrupted(
     shapes, finished, tmp_path, monkeypatch, num_workers, iteration
 ):
-    report = Progress.report
-
-    def interrupting(self, now, losses, lr):
-        report(self, now, losses, lr)
-        if now == iteration:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-        patch.setattr(Progress, "report", interrupting)
+        stop_at(patch, iteration, send_sigterm)
         EmbeddedEngine().train(make_run(shapes, tmp_path, num_workers))
     torch.manual_seed(0)  # another session's generators are somewhere else
     run = make_run(shapes, tmp_path, num_workers, resume=True)
@@ -194,19 +168,4 @@ def _one_of_two_processes(root, output_dir):
 
 
 def test_two_processes_and_their_resume(shapes, tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    port = distributed._free_port()
-    workers = []
-    for rank in range(2):
-        variables = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, MASTER_PORT=port)
-        variables = {k: str(v) for k, v in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-        def work(variables=variables):
-            os.environ.update(variables)
-            _one_of_two_processes(shapes, tmp_path)
-
-        workers.append(context.Process(target=work))
-        workers[-1].start()
-    for worker in workers:
-        worker.join(90)
-        assert worker.exitcode == 0
+    in_two_ranks(_one_of_two_processes, shapes, tmp_path)
