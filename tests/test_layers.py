@@ -17,11 +17,18 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.methods": {"moco.data", "moco.models", "moco.contrast"},
     "moco.training": {"moco.data", "moco.models", "moco.contrast", "moco.methods"},
     "moco.evaluation": {"moco.data", "moco.models", "moco.training.checkpoint"},
-}
+    "moco.benchmarks": {
+        "moco.data", "moco.models", "moco.contrast", "moco.methods", "moco.training",
+        "moco.evaluation",
+    },
+}  # fmt: skip
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.cfgnode", "moco.seeding", "moco.distributed",
-    "moco.training", "moco.training.checkpoint",
+    "moco.training", "moco.training.checkpoint", "moco.benchmarks", "moco.benchmarks.record",
 }  # fmt: skip
+
+
+PACKAGES = {"moco", "moco.training", "moco.benchmarks"}  # themselves, not what is in them
 
 
 def imports(path):
@@ -51,9 +58,7 @@ def violations(path, names):
             if name not in ("moco.training",):  # the package of an allowed module
                 yield name
         if under(module, ["detection"]) and name.startswith("moco"):
-            if not under(name, OF_MOCO_IN_DETECTION - {"moco", "moco.training"}) and name not in (
-                "moco", "moco.training"
-            ):  # fmt: skip
+            if not under(name, OF_MOCO_IN_DETECTION - PACKAGES) and name not in PACKAGES:
                 yield name
         if under(name, ["torchvision.models.detection"]) and not under(
             module, ["detection.engines.embedded"]

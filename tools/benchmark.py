@@ -22,14 +22,11 @@ from moco.errors import exit_on_error  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def add_evaluate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("evaluate", help="seconds of scoring detections by VOC's AP")
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=4952, help="default: VOC07 test's 4952")
     parser.add_argument("--detections", type=float, default=30.0, help="mean per image")
     parser.add_argument("--year", type=int, choices=(2007, 2012), default=2007, help="the metric's")
     parser.add_argument("--rounds", type=int, default=5, help="at least 3")
-    parser.add_argument("--output", type=Path, default=RESULTS / "evaluate.json", metavar="FILE")
-    parser.set_defaults(work=run_evaluate)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -44,14 +41,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     )
 
 
-def add_detection(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("detection", help="seconds per iteration and per test image")
+def add_detection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="detection YAML")
     parser.add_argument("--rounds", type=int, default=20, help="at least 3")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS / "detection.json", metavar="FILE")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    parser.set_defaults(work=run_detection)
 
 
 def run_detection(args: argparse.Namespace) -> None:
@@ -66,14 +60,26 @@ def run_detection(args: argparse.Namespace) -> None:
     )
 
 
+# name -> (what it measures, adds its arguments, runs). What is slow to import is imported by run.
+COMMANDS = {
+    "evaluate": ("seconds of scoring detections by VOC's AP", add_evaluate, run_evaluate),
+    "detection": ("seconds per iteration and per test image", add_detection, run_detection),
+}
+
+
 @exit_on_error
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_evaluate(commands)
-    add_detection(commands)
+    for name, (measures, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=measures)
+        command.add_argument(
+            "--output", type=Path, default=RESULTS / f"{name}.json", metavar="FILE"
+        )
+        add_arguments(command)
+        command.set_defaults(run=run)
     args = parser.parse_args(argv)
-    args.work(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 
-from detection.benchmarks.record import alternate, compare, table, write_results
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
 from detection.data.loader import test_samples
@@ -24,6 +23,7 @@ from detection.engines.embedded.faster_rcnn import build_model
 from detection.engines.embedded.randomness import build_randomness
 from detection.engines.embedded.solver import build_optimizer, set_lr
 from detection.engines.session import load_initial_weights
+from moco.benchmarks.record import alternate, compare, table, write_results
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from detection.benchmarks.record import alternate, compare, table, write_results
 from detection.benchmarks.voc_set import SPLIT, write_voc_set
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
@@ -22,6 +21,7 @@ from detection.data.voc import VOC_CLASSES, load_records, resolve_datasets
 from detection.engines.base import Run
 from detection.engines.d2 import Detectron2Engine, voc_scores
 from detection.evaluation.voc_ap import Detections, evaluate_voc
+from moco.benchmarks.record import alternate, compare, table, write_results
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
 

@@ -1,0 +1,1 @@
+"""Measurements of pretraining; `tools/benchmark.py` is their command line."""
