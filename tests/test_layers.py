@@ -17,6 +17,7 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.methods": {"moco.data", "moco.models", "moco.contrast"},
     "moco.training": {"moco.data", "moco.models", "moco.contrast", "moco.methods"},
     "moco.evaluation": {"moco.data", "moco.models", "moco.training.checkpoint"},
+    "moco.studies": {"moco.training"},
     "moco.benchmarks": {
         "moco.data", "moco.models", "moco.contrast", "moco.methods", "moco.training",
         "moco.evaluation",

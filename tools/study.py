@@ -1,0 +1,174 @@
+"""Run a study: pretraining runs that differ in named keys, and one table of their results.
+
+python tools/study.py --study configs/studies/temperature.yaml --data DIR --output-dir OUT \\
+    [--seeds 0 1] [--config-file FILE] [--linear FILE] [--detection FILE --trials 5] \\
+    [--parallel N | --index I | --list | --table] [KEY VALUE ...]
+
+The same command continues a study that was stopped. --index runs one of the runs that --list
+numbers, for a job array (`--index $SLURM_ARRAY_TASK_ID`); --table only writes the table of what is
+there. KEY VALUE pairs hold for all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moco.errors import ConfigError, exit_on_error  # noqa: E402
+from moco.studies import table  # noqa: E402
+from moco.studies.plan import PlannedRun, load_study, plan_runs  # noqa: E402
+from moco.studies.run import Runner, Stage, StudyStopped, read_pretraining  # noqa: E402
+from moco.training.checkpoint import read_json  # noqa: E402
+
+EXIT_STOPPED = 143  # 128 + SIGTERM, as tools/pretrain.py
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--study", required=True, metavar="FILE", help="YAML of configs/studies")
+    parser.add_argument("--data", required=True, help="folder of images, as for tools/pretrain.py")
+    parser.add_argument("--output-dir", required=True, type=Path)
+    parser.add_argument("--config-file", metavar="FILE", help="start all runs from it instead")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser.add_argument("--linear", metavar="FILE", help="evaluate linearly too, by this YAML")
+    parser.add_argument("--detection", metavar="FILE", help="fine-tune detectors too, by this YAML")
+    parser.add_argument("--trials", type=int, default=5, help="of --detection")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--processes", type=int, default=1, help="of each run (torchrun)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once")
+    what.add_argument("--index", type=int, metavar="I", help="only run number I of --list")
+    what.add_argument("--list", action="store_true", help="number the runs, and stop")
+    what.add_argument("--table", action="store_true", help="write the table, and stop")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    return parser.parse_args(argv)
+
+
+@exit_on_error
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    study = load_study(args.study, args.config_file)
+    runs = plan_runs(study, args.seeds, args.opts)
+    if args.list:
+        for number, run in enumerate(runs):
+            print(f"{number}: {run.row}, seed {run.seed}: {' '.join(run.overrides)}")
+        return 0
+    errors: list[str] = []
+    if not args.table:
+        try:
+            errors = _runner(args, study.config_file).run_all(_chosen(runs, args.index))
+        except StudyStopped as stopped:
+            print(stopped, flush=True)
+            return EXIT_STOPPED
+    content = table.collect(study, runs, args.output_dir)
+    print(table.write(content, study.published_columns, args.output_dir))
+    return 1 if errors else 0
+
+
+def _chosen(runs: list[PlannedRun], index: int | None) -> list[PlannedRun]:
+    if index is None:
+        return runs
+    if not 0 <= index < len(runs):
+        raise ConfigError(f"--index {index}: allowed are 0 to {len(runs) - 1} (see --list)")
+    return [runs[index]]
+
+
+def _runner(args: argparse.Namespace, config_file: str) -> Runner:
+    if args.parallel < 1 or args.processes < 1:
+        raise ConfigError(
+            f"--parallel {args.parallel} --processes {args.processes}: 1 or more are needed"
+        )
+    if args.parallel > 1 and args.processes > 1:
+        raise ConfigError("--parallel and --processes: give one of them above 1")
+
+    def stages(run: PlannedRun, folder: Path) -> Sequence[Stage]:
+        return _stages(args, config_file, run, folder)
+
+    def environment(slot: int) -> Mapping[str, str]:
+        return _share_of_machine(slot, args.parallel, args.device)
+
+    return Runner(
+        args.output_dir, stages, num_slots=args.parallel, environment=environment,
+        say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+
+
+def _share_of_machine(slot: int, num_slots: int, device: str) -> Mapping[str, str]:
+    """A GPU for each slot, or its share of the cores."""
+    if num_slots == 1:
+        return {}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+        if count:
+            visible = gpus.split(",") if gpus else [str(i) for i in range(count)]
+            return {"CUDA_VISIBLE_DEVICES": visible[slot % count]}
+    threads = max(1, (os.cpu_count() or 1) // num_slots)
+    return {"OMP_NUM_THREADS": str(threads)}
+
+
+def _stages(
+    args: argparse.Namespace, config_file: str, run: PlannedRun, folder: Path
+) -> list[Stage]:
+    pretrained = folder / "pretrain"
+    python = [sys.executable]
+    if args.processes > 1:
+        python = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        python += ["--nproc-per-node", str(args.processes)]
+    command = [
+        *python, str(ROOT / "tools" / "pretrain.py"), "--config-file", config_file,
+        "--data", args.data, "--output-dir", str(pretrained), "--device", args.device,
+        "--resume", *run.overrides,
+    ]  # fmt: skip
+    stages = [Stage("pretrain", command, read_pretraining)]
+    if args.linear:
+        stages.append(_linear_stage(args, pretrained, folder / "linear"))
+    if args.detection:
+        stages += _detection_stages(args, pretrained, folder)
+    return stages
+
+
+def _linear_stage(args: argparse.Namespace, pretrained: Path, output: Path) -> Stage:
+    command = [
+        sys.executable, str(ROOT / "tools" / "evaluate_linear.py"), "--config-file", args.linear,
+        "--weights", str(pretrained), "--data", args.data, "--output-dir", str(output),
+        "--device", args.device, "--resume",
+    ]  # fmt: skip
+
+    def read(folder: Path) -> dict:
+        result = read_json(folder / "linear" / "results.json")
+        return {"top1": result["top1"], "top5": result["top5"]}
+
+    return Stage("linear", command, read)
+
+
+def _detection_stages(args: argparse.Namespace, pretrained: Path, folder: Path) -> list[Stage]:
+    weights = folder / "backbone.pth"
+    convert = [
+        sys.executable, str(ROOT / "tools" / "convert_to_d2.py"), str(pretrained), str(weights),
+    ]  # fmt: skip
+    train = [
+        sys.executable, str(ROOT / "detection" / "train_net.py"), "--config-file", args.detection,
+        "--trials", str(args.trials), "--resume", "MODEL.WEIGHTS", str(weights),
+        "OUTPUT_DIR", str(folder / "detection"),
+    ]  # fmt: skip
+
+    def read(folder: Path) -> dict:
+        mean = read_json(folder / "detection" / "results.json")["mean"]
+        return {name: mean[name] for name in ("AP50", "AP", "AP75")}
+
+    return [Stage("convert", convert, lambda folder: {}), Stage("detection", train, read)]
+
+
+if __name__ == "__main__":
+    main()
