@@ -18,6 +18,7 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.training": {"moco.data", "moco.models", "moco.contrast", "moco.methods"},
     "moco.evaluation": {"moco.data", "moco.models", "moco.training.checkpoint"},
     "moco.studies": {"moco.training"},
+    "moco.reporting": {"moco.data", "moco.studies", "moco.training"},
     "moco.benchmarks": {
         "moco.data", "moco.models", "moco.contrast", "moco.methods", "moco.training",
         "moco.evaluation",
@@ -26,10 +27,11 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.cfgnode", "moco.seeding", "moco.distributed",
     "moco.training", "moco.training.checkpoint", "moco.benchmarks", "moco.benchmarks.record",
+    "moco.reporting", "moco.reporting.page",
 }  # fmt: skip
 
 
-PACKAGES = {"moco", "moco.training", "moco.benchmarks"}  # themselves, not what is in them
+PACKAGES = {"moco", "moco.training", "moco.benchmarks", "moco.reporting"}  # not what is in them
 
 
 def imports(path):

@@ -1,0 +1,1 @@
+"""Reports of runs and studies: one HTML file that needs nothing else, Markdown, PNG and CSV."""
