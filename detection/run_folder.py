@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS
 from moco.cfgnode import CfgNode, digest, flatten, to_dict
 from moco.errors import CheckpointError
+from moco.safe_yaml import read_yaml
 from moco.training.checkpoint import MANIFEST_SUFFIX, read_json, write_json_atomic
 
 RESULT_FILE = "result.json"
@@ -115,7 +114,7 @@ def _differences(folder: Path, cfg: CfgNode, engine: str) -> str:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return "its config.yaml is missing, its config digest differs"
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    there = read_yaml(path)
     changed = changed_keys(there, to_dict(cfg), ignored=_not_in_digest(cfg, engine))
     found = [f"{key} {old} there, {new} now" for key, (old, new) in changed.items()]
     if not found:

@@ -18,6 +18,7 @@ import yaml
 from fvcore.common.config import CfgNode as _FvcoreNode
 
 from moco.errors import ConfigError
+from moco.safe_yaml import read_yaml
 
 
 class CfgNode(_FvcoreNode):
@@ -119,15 +120,7 @@ def _load_yaml_chain(path: str, seen: tuple[str, ...]) -> dict:
     real = os.path.realpath(path)
     if real in seen:
         raise ConfigError(f"{path}: _BASE_ refers back to itself ({' -> '.join([*seen, real])})")
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read this config file ({error.strerror}); give an existing .yaml file"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    tree = read_yaml(path)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -135,6 +128,8 @@ def _load_yaml_chain(path: str, seen: tuple[str, ...]) -> dict:
     base = tree.pop("_BASE_", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: _BASE_ is {base!r}, the path of a YAML file is needed")
     base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base))
     return _merge(_load_yaml_chain(base_path, (*seen, real)), tree)
 

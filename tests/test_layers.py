@@ -9,7 +9,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(
     p.relative_to(ROOT) for d in ("moco", "detection", "tools") for p in (ROOT / d).rglob("*.py")
 )
-BASE = {"moco.errors", "moco.cfgnode", "moco.config", "moco.seeding", "moco.distributed"}
+BASE = {
+    "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.config", "moco.seeding",
+    "moco.distributed",
+}  # fmt: skip
 MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.data": set(),
     "moco.models": set(),
@@ -25,7 +28,7 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     },
 }  # fmt: skip
 OF_MOCO_IN_DETECTION = {
-    "moco", "moco.errors", "moco.cfgnode", "moco.seeding", "moco.distributed",
+    "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.distributed",
     "moco.training", "moco.training.checkpoint", "moco.benchmarks", "moco.benchmarks.record",
     "moco.reporting", "moco.reporting.page",
 }  # fmt: skip

@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from moco.cfgnode import flatten
 from moco.errors import DataError
 from moco.reporting.page import Image, Section, Table, draw
+from moco.safe_yaml import read_yaml
 from moco.training import checkpoint as ckpt
 from moco.training.progress import format_duration
 
@@ -60,7 +59,7 @@ def read_log(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 def _settings(folder: Path, steps: list[dict], manifest: dict | None) -> Section:
-    keys = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    keys = flatten(read_yaml(folder / "config.yaml"))
     last = steps[-1]
     state = "finished" if last["step"] == last["total_steps"] else "not finished"
     words = (

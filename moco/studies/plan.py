@@ -23,12 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from moco import cfgnode
 from moco.cfgnode import CfgNode
 from moco.config import load_pretrain_config
 from moco.errors import ConfigError
+from moco.safe_yaml import read_yaml
 
 _KEYS = {"TITLE", "CONFIG", "SOURCE", "RUNS"}
 _RUN_KEYS = {"NAME", "SET", "PUBLISHED"}
@@ -83,12 +82,7 @@ def load_study(path: str, config_file: str | None = None) -> Study:
         config_file: replaces its CONFIG.
     Raises: ConfigError naming file and key.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path)
     _need_keys(tree, _KEYS, {"TITLE", "CONFIG", "RUNS"}, path)
     if not isinstance(tree["RUNS"], list) or not tree["RUNS"]:
         raise ConfigError(f"{path}: RUNS is {tree['RUNS']!r}; a list of runs is needed")

@@ -4,6 +4,7 @@ import pytest
 
 from moco.cfgnode import CfgNode, digest, dump_yaml, load_config
 from moco.errors import ConfigError
+from moco.safe_yaml import read_yaml
 
 
 def defaults():
@@ -46,6 +47,43 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path, text, override
     with pytest.raises(ConfigError, match=message) as error:
         load_config(defaults(), path, overrides)
     assert "\n" not in str(error.value)
+
+
+def bomb(levels=9):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("A: {QUEUE_SIZE: 3, QUEUE_SIZE: 4}", "duplicate key 'QUEUE_SIZE'.*line 1"),
+        ("B: x\nA: {RATE: 0.2}\nB: y", "duplicate key 'B'.*line 3"),
+        ("B: !unknown x", "not valid YAML.*unknown"),
+        (bomb(), "unfold into more than 100000 values"),
+        ("a: &a [*a]", "nested deeper"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply|nested deeper"),
+        ("B: " + "x" * (1 << 20), "larger than 1 MiB"),
+        ("B: \x00", "not valid YAML"),
+        ("_BASE_: [a.yaml]", "_BASE_ is .'a.yaml'., the path of a YAML file is needed"),
+        ("? [a, b]\n: c", "not valid YAML"),
+    ],
+    ids=["duplicate", "duplicate at the top", "tag", "bomb", "self-reference", "deep", "large",
+         "binary", "list as base", "list as key"],
+)  # fmt: skip
+def test_hostile_yaml_is_refused_in_one_line(tmp_path, text, message):
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(defaults(), path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(path)
+
+
+def test_aliases_and_merge_keys_of_a_normal_file_are_read(tmp_path):
+    text = "A: &a {RATE: 0.2}\nB: x\n"
+    assert load_config(defaults(), write(tmp_path / "c.yaml", text)).A.RATE == 0.2
+    merged = read_yaml(write(tmp_path / "m.yaml", "a: &a {x: 1}\nb: {<<: *a, x: 2, y: 3}\n"))
+    assert merged == {"a": {"x": 1}, "b": {"x": 2, "y": 3}}
 
 
 def test_python_objects_in_yaml_are_not_made(tmp_path):
