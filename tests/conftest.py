@@ -14,6 +14,10 @@ from PIL import Image
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--faults-long", action="store_true", help="the nightly form of -m faults")
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """Class folders train/{a,b} with 32 images and test/{a,b} with 8: red and blue noise."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,8 @@ from moco.errors import DataError
 
 _QUARTER_TURNS = (5, 6, 7, 8)
 _NUM_PROBLEMS_SHOWN = 5
+_LONGEST_SHOWN = 200  # characters of a value that is not allowed
+_MOST_BYTES = 64 << 20  # of an annotation or a split; those of VOC have kilobytes
 
 
 @dataclass
@@ -37,6 +41,9 @@ class CheckReport:
         self.first_seen.setdefault(kind, where)
 
     def problem(self, where: object, what: str, given: object, allowed: str) -> None:
+        given = str(given)
+        if len(given) > _LONGEST_SHOWN:
+            given = f"{given[:_LONGEST_SHOWN]}... ({len(given)} characters)"
         self.problems.append(" ".join(f"{where}: {what}: {given}; {allowed}".split()))
 
     def merge(self, other: CheckReport) -> None:
@@ -60,12 +67,33 @@ class CheckReport:
         ]
 
 
+def read_small_file(path: Path) -> bytes:
+    """The bytes of an annotation or a split file.
+
+    Raises: OSError also for what is no regular file, since a pipe would be waited for for ever;
+        ValueError for more than 64 MiB.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("is no regular file")
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) after EXIF orientation, read from the header without decoding.
 
     Raises: OSError or ValueError where PIL cannot read it.
     """
     try:
+        if not path.is_file():
+            raise OSError("is no regular file")  # Image.open would wait for a pipe
         with Image.open(path) as image:
             width, height = image.size
             turned = exif_orientation(image) in _QUARTER_TURNS

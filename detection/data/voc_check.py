@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from pathlib import Path
 
-from detection.data.data_check import CheckReport, image_size
+from detection.data.data_check import CheckReport, image_size, read_small_file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -38,14 +38,14 @@ class _NoDoctypeBuilder(ET.TreeBuilder):
 def read_split(path: Path, report: CheckReport) -> list[str]:
     """The image ids of an ImageSets/Main/<split>.txt file, in order, each once."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_small_file(path).decode("utf-8").splitlines()
     except OSError:
         others = sorted(p.stem for p in path.parent.glob("*.txt"))
         found = f"splits there: {', '.join(others[:12])}" if others else "no split is there"
         report.problem(path, "split file", "missing or unreadable", found)
         return []
-    except UnicodeDecodeError:
-        report.problem(path, "split file", "not UTF-8 text", "allowed: one image id a line")
+    except ValueError as error:  # not UTF-8, or too large
+        report.problem(path, "split file", error, "allowed: UTF-8 text, one image id a line")
         return []
     ids: dict[str, None] = {}
     for number, line in enumerate(lines, start=1):
@@ -121,11 +121,16 @@ def read_annotation(
 
 def _parse(xml_path: Path, report: CheckReport) -> ET.Element | None:
     try:
-        return ET.parse(xml_path, ET.XMLParser(target=_NoDoctypeBuilder())).getroot()
+        data = read_small_file(xml_path)
+        root = ET.fromstring(data, ET.XMLParser(target=_NoDoctypeBuilder()))
     except OSError:
         report.problem(xml_path, "annotation", "missing or unreadable", "every image needs one")
     except (ET.ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
         report.problem(xml_path, "annotation", f"not readable as XML ({error})", "allowed: VOC XML")
+    else:
+        if root.tag == "annotation":
+            return root
+        report.problem(xml_path, "root element", f"<{root.tag}>", "allowed: <annotation>")
     return None
 
 

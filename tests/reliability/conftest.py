@@ -1,0 +1,31 @@
+"""What the fault campaign observed, a line a test, for the table of docs/RELIABILITY.md."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+RECORD = "RELIABILITY_RECORD"  # environment variable: the file that print_table.py reads
+
+
+@pytest.fixture
+def observed(request):
+    """observed(row, passed, total): report what a test of a row saw; `control` a broken guard."""
+
+    def record(row: str, passed: int, total: int, *, control: bool = False) -> None:
+        path = os.environ.get(RECORD)
+        if path:
+            line = {"row": row, "passed": passed, "total": total, "control": control,
+                    "test": request.node.name}  # fmt: skip
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        assert passed == total, f"{row}: {passed} of {total}"
+
+    return record
+
+
+@pytest.fixture
+def long(request) -> bool:
+    return request.config.getoption("--faults-long")
