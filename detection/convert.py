@@ -1,7 +1,8 @@
 """From a pretraining checkpoint to backbone weights for R50-C4, proven equal before written.
 
 Kept: the query encoder without `fc` (facebookresearch/moco,
-detection/convert-pretrain-to-detectron2.py). Every tensor of the source is either mapped or
+detection/convert-pretrain-to-detectron2.py). Files of other projects are read too, in the layouts
+of `moco/training/layouts.py` (docs/CHECKPOINTS.md). Every tensor of the source is either mapped or
 dropped under a reported name; the mapped ones must give, inside the detection trunk, the features
 that the source network gives (`self_check.py`).
 """
@@ -18,42 +19,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from detection.keymap import (
-    ALLOWED_ARCHS,
-    BLOCKS,
-    ResNetShape,
-    is_batch_counter,
-    read_shape,
-    to_detectron2,
-)
+from detection.keymap import ResNetShape, is_batch_counter, read_shape, to_detectron2
 from detection.safe_pickle import write_pickled_arrays
 from detection.self_check import SELF_CHECK_SIZE, self_check
 from moco.errors import CheckpointError
-from moco.training.checkpoint import (
-    latest_verified,
-    manifest_path,
-    read_torch_file,
-    sha256_of,
-    verify_manifest,
-    write_atomic,
-    write_json_atomic,
+from moco.training.checkpoint import sha256_of, write_atomic, write_json_atomic
+from moco.training.layouts import (
+    COUNTER,
+    find_source,
+    named_tensors,
+    read_backbone,
+    read_weights,
+    recognise,
 )
 
 AUTHOR = "MoCo"  # any but "Caffe2", which makes Detectron2 rename the tensors
 # Normalisation of 0-255 pixels by the ImageNet statistics, RGB.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-_GROUPS_BESIDE_ENCODER = {
-    "encoder_k.": "key encoder",
-    "predictor.": "predictor",
-    "queue_ptr": "queue_ptr",
-    "queue": "queue",
-    "bank": "memory bank",
-}
 
 
 class Layout(NamedTuple):
-    """Kind of a state dict ("moco" or "torchvision") and what its backbone's names start with."""
+    """Whose file it is ("moco", "torchvision", ...), and what its backbone's names start with."""
 
     name: str
     prefix: str
@@ -69,6 +56,7 @@ class Converted:
     model: dict[str, torch.Tensor]
     names: dict[str, str]
     dropped: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +66,7 @@ class ConversionReport:
     source: Path
     out: Path
     layout: Layout
+    encoder: str
     shape: ResNetShape
     names: dict[str, str]
     dropped: dict[str, list[str]]
@@ -85,16 +74,20 @@ class ConversionReport:
     source_sha256: str
     out_sha256: str
     yaml_lines: list[str]
+    notes: tuple[str, ...] = ()
     refused: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def convert_checkpoint(
-    source_path: str | os.PathLike, out_path: str | os.PathLike
+    source_path: str | os.PathLike, out_path: str | os.PathLike, *, encoder: str = "query"
 ) -> ConversionReport:
     """Convert a checkpoint file, or a run folder's newest verified one, and write the weights.
 
     Writes `out_path`, which is a `.pth` of tensors or a `.pkl` of numpy arrays, and
     `<out_path>.conversion.json`. Both replace what was there, atomically.
+
+    Args:
+        encoder: "query", or "key" for the momentum copy.
     Raises: CheckpointError for a source that is missing, damaged or of another network, for
         non-finite weights, another suffix, or a failed self-check. Nothing is written then.
     """
@@ -103,17 +96,18 @@ def convert_checkpoint(
         raise CheckpointError(
             f"{out}: the output's suffix is {out.suffix!r}; allowed: .pth (tensors), .pkl (numpy)"
         )
-    source, refused = _find_source(Path(source_path))
-    content = read_torch_file(source)
+    source, refused = find_source(source_path)
+    content = read_weights(source)
     if out.exists() and out.samefile(source):
         raise CheckpointError(f"{out}: is the source itself; give another output file")
-    converted = convert_state(content, where=str(source))
+    converted = convert_state(content, where=str(source), encoder=encoder)
     lines = yaml_lines(converted.shape, *_pixel_statistics(content, str(source)))
     figures = self_check(converted.source, converted.model, converted.shape, str(source))
     report = ConversionReport(
         source=source,
         out=out,
         layout=converted.layout,
+        encoder=encoder,
         shape=converted.shape,
         names=converted.names,
         dropped=converted.dropped,
@@ -121,6 +115,7 @@ def convert_checkpoint(
         source_sha256=sha256_of(source),
         out_sha256=_write_weights(out, converted.model),
         yaml_lines=lines,
+        notes=converted.notes,
         refused=refused,
     )
     write_json_atomic(_report_path(out), _as_json(report))
@@ -130,69 +125,48 @@ def convert_checkpoint(
 def identify_layout(content: object, where: str = "checkpoint") -> Layout:
     """The layout of a checkpoint or of the state dict in it.
 
-    Raises: CheckpointError, naming the first keys, for anything but a MoCo checkpoint
-        (`module.encoder_q.*` or `encoder_q.*`) and torchvision's ResNet names.
+    Raises: CheckpointError, naming the first keys, for a layout that is unknown, and for weights
+        that are converted already.
     """
-    state = _state_dict(content, where)
-    for layout in (
-        Layout("moco", "module.encoder_q."),
-        Layout("moco", "encoder_q."),
-        Layout("torchvision", "module."),
-        Layout("torchvision", ""),
-    ):
-        if f"{layout.prefix}conv1.weight" in state:
-            return layout
-    first = ", ".join(map(repr, list(state)[:3])) or "none"
+    state = named_tensors(content, where)
     if "stem.conv1.weight" in state:
+        first = ", ".join(map(repr, list(state)[:3]))
         raise CheckpointError(f"{where}: is converted already (keys {first}); load it as it is")
-    raise CheckpointError(
-        f"{where}: unknown layout, first keys: {first}; allowed: a MoCo checkpoint "
-        f"('module.encoder_q.conv1.weight', ...) or torchvision's names ('conv1.weight', ...) of "
-        f"{ALLOWED_ARCHS}"
-    )
+    found = recognise(state, where)
+    return Layout(found.name, found.start)
 
 
-def convert_state(content: object, where: str = "checkpoint") -> Converted:
+def convert_state(
+    content: object, where: str = "checkpoint", *, encoder: str = "query"
+) -> Converted:
     """Split and rename the tensors of a checkpoint (or bare state dict); touches no file.
 
     Raises: CheckpointError where a tensor is neither mapped nor known to be dropped, is not
         finite, or where the network is none that R50-C4 can hold.
     """
-    layout = identify_layout(content, where)
-    encoder: dict[str, torch.Tensor] = {}
-    dropped: dict[str, list[str]] = {}
-    for name, value in _state_dict(content, where).items():
-        group = _dropped_group(name, layout)
-        if group is not None:
-            dropped.setdefault(group, []).append(name)
-        elif not name.startswith(layout.prefix):
-            raise CheckpointError(
-                f"{where}: {name!r} is neither part of the query encoder nor known to be left "
-                f"out; allowed beside it: {', '.join(_GROUPS_BESIDE_ENCODER)}; convert another "
-                "checkpoint"
-            )
-        elif not torch.is_tensor(value) or not value.is_floating_point():
-            raise CheckpointError(f"{where}: {name!r} is no tensor of floats; the file is damaged")
+    identify_layout(content, where)
+    backbone = read_backbone(content, where, encoder=encoder)
+    dropped = {reason: list(names) for reason, names in backbone.dropped.items()}
+    names: dict[str, str] = {}
+    for name, canonical in backbone.names.items():
+        if is_batch_counter(canonical):
+            dropped.setdefault(COUNTER, []).append(name)
         else:
-            encoder[name.removeprefix(layout.prefix)] = value
-    shape = read_shape(encoder, where)
-    _check_arch(content, shape, where)
+            names[name] = canonical
+    encoder_state = {canonical: backbone.state[canonical] for canonical in names.values()}
+    shape = read_shape(encoder_state, where)
     source = {
-        name: encoder[name].detach().float().clone(memory_format=torch.contiguous_format)
+        name: encoder_state[name].float().clone(memory_format=torch.contiguous_format)
         for name in shape.tensor_shapes()
     }
-    for name, tensor in source.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{where}: {layout.prefix + name!r} holds NaN or Inf; use an earlier checkpoint"
-            )
     return Converted(
-        layout=layout,
+        layout=Layout(backbone.layout, backbone.prefix),
         shape=shape,
         source=source,
         model={to_detectron2(name): tensor for name, tensor in source.items()},
-        names={layout.prefix + name: to_detectron2(name) for name in source},
+        names={name: to_detectron2(canonical) for name, canonical in names.items()},
         dropped=dropped,
+        notes=backbone.notes,
     )
 
 
@@ -214,55 +188,6 @@ def yaml_lines(
         if getattr(shape, name) != getattr(default, name):
             lines.append(f"    {name.upper()}: {getattr(shape, name)}")
     return lines
-
-
-def _find_source(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
-    if path.is_dir():
-        newest, _, refused = latest_verified(path)
-        if newest is None:
-            reasons = "; ".join(reason for _, reason in refused[:3])
-            raise CheckpointError(
-                f"{path}: this folder holds no verified checkpoint_*.pth.tar"
-                + (f" ({reasons})" if reasons else "")
-                + "; give a run folder or a checkpoint file"
-            )
-        return newest, refused
-    if manifest_path(path).exists():
-        verify_manifest(path)
-    return path, []
-
-
-def _state_dict(content: object, where: str) -> Mapping[str, object]:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(
-            f"{where}: holds no dict of named tensors; give a checkpoint of tools/pretrain.py"
-        )
-    return content
-
-
-def _dropped_group(name: str, layout: Layout) -> str | None:
-    if layout.name == "moco":
-        beside = name.removeprefix(layout.prefix.removesuffix("encoder_q."))
-        for start, group in _GROUPS_BESIDE_ENCODER.items():
-            if beside == start or (start.endswith(".") and beside.startswith(start)):
-                return group
-    inner = name.removeprefix(layout.prefix)
-    if name.startswith(layout.prefix) and inner.startswith("fc."):
-        return "fc"
-    if name.startswith(layout.prefix) and is_batch_counter(inner):
-        return "num_batches_tracked"
-    return None
-
-
-def _check_arch(content: object, shape: ResNetShape, where: str) -> None:
-    arch = content.get("arch") if isinstance(content, Mapping) else None
-    if arch in [f"resnet{depth}" for depth in BLOCKS] and arch != shape.arch:
-        raise CheckpointError(
-            f"{where}: its 'arch' is {arch}, its tensors are a {shape.arch}'s; it is damaged"
-        )
 
 
 def _pixel_statistics(content: object, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -304,6 +229,7 @@ def _as_json(report: ConversionReport) -> dict:
         "output": report.out.name,
         "output_sha256": report.out_sha256,
         "layout": report.layout._asdict(),
+        "encoder": report.encoder,
         "arch": report.shape.arch,
         "stem_out_channels": report.shape.stem_out_channels,
         "res2_out_channels": report.shape.res2_out_channels,
@@ -312,6 +238,7 @@ def _as_json(report: ConversionReport) -> dict:
         "num_dropped": sum(map(len, report.dropped.values())),
         "mapped": report.names,
         "dropped": report.dropped,
+        "notes": list(report.notes),
         "self_check": {**report.self_check, "image_size": list(SELF_CHECK_SIZE)},
         "yaml": report.yaml_lines,
         "versions": {

@@ -31,6 +31,7 @@ from detection.engines.select import CHOICES, select_engine
 from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError, exit_on_error
+from moco.training.run_lock import RunLock
 
 EXIT_FAILED_TRIAL = 1
 
@@ -125,7 +126,10 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> int:
     device = _device(args, cfg)
     set_up = parallel_trials.parent_process if args.trials_parallel else distributed.setup_process
     process = set_up(device)
+    lock = RunLock(_locked_folder(args, cfg), setting="OUTPUT_DIR")
     try:
+        if process.is_main and not args.eval_only:
+            lock.acquire()
         engine, why = select_engine(args.engine, cfg, process.device.type)
         job = trials.prepare(cfg, engine, why, process, eval_only=args.eval_only)
         if args.eval_only:
@@ -150,7 +154,14 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> int:
             print(stopped, flush=True)
         return stopped.exit_code
     finally:
+        lock.release()
         distributed.shutdown()
+
+
+def _locked_folder(args: argparse.Namespace, cfg: CfgNode) -> Path:
+    """What one job at a time may write to; a process of --trials-parallel has its trial's own."""
+    folder = Path(cfg.OUTPUT_DIR).expanduser()
+    return folder if args.only_trial is None else folder / f"trial_{args.only_trial}"
 
 
 def _command_of_trial(args: argparse.Namespace, engine: str, device: str, k: int) -> list[str]:

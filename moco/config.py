@@ -14,6 +14,8 @@ from moco.errors import ConfigError
 # What may differ between a run and its continuation: none of it changes a number.
 DIGEST_EXCLUDE = (
     "DATA.NUM_WORKERS",
+    "DATA.MAX_BAD_FRACTION",
+    "TRAIN.RANK_CHECK_PERIOD",
     "CHECKPOINT",
     "LOG",
     "KNN",
@@ -65,10 +67,20 @@ def get_defaults() -> CfgNode:
             MEAN=(0.485, 0.456, 0.406),
             STD=(0.229, 0.224, 0.225),
             NUM_WORKERS=4,  # per process
+            ORDER="uniform",  # or "blocks": packed images, read block by block (PACKED_DATA.md)
+            BLOCK_SIZE=256,  # images that lie together, of "blocks"
+            BLOCKS_IN_FLIGHT=64,  # blocks that are mixed at any moment
+            MAX_BAD_FRACTION=0.0,  # of unreadable images that are replaced; 0: none is
+        ),
+        AUGMENT=CfgNode(
+            BACKEND="opencv",  # "pil": the reference's pixels; "device": all after the crop there
+            DECODE="cpu",  # or "gpu": nvJPEG, with BACKEND device
+            RESIDENT=False,  # small images of one size live on the device, with BACKEND device
         ),
         TRAIN=CfgNode(
             EPOCHS=200,
             BATCH_SIZE=256,  # global: over all processes and machines
+            ACCUMULATION_STEPS=1,  # parts of a process's batch, backward by backward (memory)
             LR=0.03,
             OPTIMIZER="sgd",  # or "lars", "adamw" (v3)
             SCHEDULE="cosine",  # per epoch: "cosine" (v2), "step" (v1); or "cosine_by_step" (v3)
@@ -76,8 +88,12 @@ def get_defaults() -> CfgNode:
             WARMUP_EPOCHS=0,  # of "cosine_by_step"
             SGD_MOMENTUM=0.9,  # of "sgd" and "lars"
             WEIGHT_DECAY=1e-4,
-            AMP=False,  # bfloat16 autocast; logits, loss and weights stay float32
-            CHANNELS_LAST=False,
+            RANK_CHECK_PERIOD=200,  # steps between comparisons of the ranks; 0: at checkpoints
+            # How a step is computed (docs/PERFORMANCE.md). None: the machine decides, and says so.
+            REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next three
+            AMP=None,  # bfloat16 autocast; logits, loss and weights stay float32
+            CHANNELS_LAST=None,  # memory order of images and convolutions
+            COMPILE=None,  # "eager"; "kernels": batch norm by C++, on a CPU; "torch": torch.compile
         ),
         CHECKPOINT=CfgNode(
             PERIOD=1,  # epochs between checkpoints; the last epoch is always saved
@@ -105,8 +121,14 @@ _CHOICES = {
     "END_TO_END.LOSS": ("info_nce", "nt_xent"),
     "MOCO.MOMENTUM_SCHEDULE": ("constant", "cosine"),
     "DATA.RECIPE": ("v1", "v2", "v3"),
+    "DATA.ORDER": ("uniform", "blocks"),
+    "AUGMENT.BACKEND": ("pil", "opencv", "device"),
+    "AUGMENT.DECODE": ("cpu", "gpu"),
     "TRAIN.OPTIMIZER": ("sgd", "lars", "adamw"),
     "TRAIN.SCHEDULE": ("cosine", "step", "cosine_by_step"),
+    "TRAIN.AMP": (None, True, False),
+    "TRAIN.CHANNELS_LAST": (None, True, False),
+    "TRAIN.COMPILE": (None, "eager", "kernels", "torch"),
     "KNN.FEATURES": ("backbone", "head"),
 }
 _AT_LEAST = {
@@ -119,9 +141,13 @@ _AT_LEAST = {
     "MOCO_V3.PREDICTOR_LAYERS": 1,
     "DATA.SIZE": 1,
     "DATA.NUM_WORKERS": 0,
+    "DATA.BLOCK_SIZE": 1,
+    "DATA.BLOCKS_IN_FLIGHT": 1,
     "TRAIN.EPOCHS": 1,
     "TRAIN.BATCH_SIZE": 1,
+    "TRAIN.ACCUMULATION_STEPS": 1,
     "TRAIN.WEIGHT_DECAY": 0,
+    "TRAIN.RANK_CHECK_PERIOD": 0,
     "TRAIN.WARMUP_EPOCHS": 0,
     "CHECKPOINT.PERIOD": 1,
     "CHECKPOINT.KEEP_LAST": 1,
@@ -142,7 +168,8 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
     cfg = load_config(get_defaults(), config_file, overrides)
     where = config_file or "command line"
     for key, allowed in _CHOICES.items():
-        _require(where, key, get_key(cfg, key), get_key(cfg, key) in allowed, ", ".join(allowed))
+        listed = ", ".join(map(str, allowed))
+        _require(where, key, get_key(cfg, key), get_key(cfg, key) in allowed, listed)
     for key, least in _AT_LEAST.items():
         _require(where, key, get_key(cfg, key), get_key(cfg, key) >= least, f"{least} or more")
     for key in _POSITIVE:
@@ -151,10 +178,31 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
     last = cfg.TRAIN.EPOCHS - 1 if by_step else 0
     allowed = "less than TRAIN.EPOCHS, and 0 unless TRAIN.SCHEDULE is cosine_by_step"
     _require(where, "TRAIN.WARMUP_EPOCHS", warmup, warmup <= last, allowed)
+    _check_augment(where, cfg)
+    _check_bad_images(where, cfg)
     for key in ("MOCO.MOMENTUM", "MEMORY_BANK.MOMENTUM"):
         momentum = get_key(cfg, key)
         _require(where, key, momentum, 0 <= momentum < 1, "0 <= momentum < 1")
     return cfg
+
+
+def _check_augment(where: str, cfg: CfgNode) -> None:
+    backend, decode, resident = cfg.AUGMENT.BACKEND, cfg.AUGMENT.DECODE, cfg.AUGMENT.RESIDENT
+    remedy = f"with AUGMENT.BACKEND {backend}; set AUGMENT.BACKEND device"
+    on_device = backend == "device"
+    _require(where, "AUGMENT.DECODE", decode, on_device or decode == "cpu", f"cpu {remedy}")
+    _require(where, "AUGMENT.RESIDENT", resident, on_device or not resident, f"False {remedy}")
+    one = decode == "cpu" or not resident
+    _require(where, "AUGMENT.DECODE", decode, one, "cpu with AUGMENT.RESIDENT True")
+
+
+def _check_bad_images(where: str, cfg: CfgNode) -> None:
+    bad, augment = cfg.DATA.MAX_BAD_FRACTION, cfg.AUGMENT
+    _require(where, "DATA.MAX_BAD_FRACTION", bad, 0 <= bad < 1, "0 <= fraction < 1")
+    # A replacement may come twice in a step, which a bank's row cannot take.
+    cannot = cfg.METHOD == "memory_bank" or augment.RESIDENT or augment.DECODE == "gpu"
+    allowed = "0 with METHOD memory_bank, AUGMENT.RESIDENT True or AUGMENT.DECODE gpu"
+    _require(where, "DATA.MAX_BAD_FRACTION", bad, not (bad and cannot), allowed)
 
 
 def _require(where: str, key: str, given: object, ok: bool, allowed: str) -> None:

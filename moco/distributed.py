@@ -7,7 +7,6 @@ One process drives one device. The environment variables are torchrun's (`RANK`,
 from __future__ import annotations
 
 import ctypes
-import datetime
 import hashlib
 import inspect
 import os
@@ -19,9 +18,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moco.errors import DistributedError
+from moco.checksum import checksum, checksums
+from moco.errors import DistributedError, MocoError
+from moco.process_group import join_group, rank_variables
+from moco.shuffle import ExchangePlan, exchange_plan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 
 @dataclass(frozen=True)
 class ProcessInfo:
@@ -42,17 +45,20 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        timeout_s: how long a collective may wait for a rank, in seconds.
+        timeout_s: how long a collective may wait for a rank, in seconds; more than rank 0 ever
+            works alone (kNN evaluation, checkpoint). To start, ranks have 10 minutes or more.
     Raises:
-        DistributedError: the device does not exist, or a rank variable is missing.
+        DistributedError: the device does not exist, a variable is missing, or a rank does not come.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise DistributedError(f"device {device!r} is unknown; allowed: auto, cpu, cuda")
+    if timeout_s <= 0:
+        raise DistributedError(f"collective timeout is {timeout_s:g}; allowed: seconds above 0")
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise DistributedError("device 'cuda' was asked for, torch sees no GPU; use --device cpu")
     use_cuda = has_cuda and device != "cpu"
-    rank, world_size, local_rank = _read_rank_variables()
+    rank, world_size, local_rank = rank_variables()
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(
@@ -64,28 +70,8 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
     if not use_cuda:
         _keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        join_group("nccl" if use_cuda else "gloo", rank, world_size, timeout_s)
     return ProcessInfo(rank, world_size, local_rank, torch_device)
-
-
-def _read_rank_variables() -> tuple[int, int, int]:
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, 0
-    values = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        text = os.environ.get(name)
-        if text is None or not text.isdigit():
-            raise DistributedError(
-                f"environment: {name} is {text!r} while WORLD_SIZE is set; start with torchrun, "
-                "which sets RANK, WORLD_SIZE and LOCAL_RANK"
-            )
-        values.append(int(text))
-    return tuple(values)
 
 
 def _keep_freed_memory() -> None:
@@ -116,6 +102,22 @@ def rank() -> int:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Run `work()` on rank 0 while the others wait; an error of the user is raised on all ranks."""
+    error = None
+    if rank() == 0:
+        try:
+            work()
+        except MocoError as caught:
+            error = caught
+    if world_size() > 1:
+        box = [error]
+        dist.broadcast_object_list(box, src=0)
+        error = box[0]
+    if error is not None:
+        raise error
 
 
 def launch(
@@ -230,24 +232,51 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def batch_shuffle(images_BCHW: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """Shuffle BN (MoCo v1, section 3.3): this rank's share of the permuted global batch.
 
+    Each rank receives only the images of its share, B (W - 1) / W on average, where the reference
+    gathers all B (W - 1). Under autocast they travel in its type, to which the first convolution
+    would cast them anyway; the memory format (channels_last) is kept.
+
     Args:
         images_BCHW: this rank's images; every rank holds the same number.
         permutation: [world_size * B] permutation of the global batch, equal on all ranks.
     """
-    gathered = all_gather_cat(images_BCHW)
-    return gathered[_own_part(permutation.to(gathered.device))]
+    device_type = images_BCHW.device.type
+    if images_BCHW.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        images_BCHW = images_BCHW.to(torch.get_autocast_dtype(device_type))
+    return _exchange(images_BCHW, permutation)
 
 
 @torch.no_grad()
 def batch_unshuffle(keys_BD: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """Undo `batch_shuffle` on what was computed from the shuffled images: this rank's own keys."""
-    gathered = all_gather_cat(keys_BD)
-    inverse = torch.argsort(permutation.to(gathered.device))
-    return gathered[_own_part(inverse)]
+    return _exchange(keys_BD, torch.argsort(permutation))
 
 
-def _own_part(indices: torch.Tensor) -> torch.Tensor:
-    return indices.view(world_size(), -1)[rank()]
+def _exchange(rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """This rank's share of the permuted rows of all ranks, bitwise as if all were gathered."""
+    num_ranks = world_size()
+    assert len(permutation) == num_ranks * len(rows), (len(permutation), num_ranks, len(rows))
+    plan = exchange_plan(permutation.cpu(), rank(), num_ranks)
+    is_channels_last = (
+        rows.dim() == 4
+        and rows.is_contiguous(memory_format=torch.channels_last)
+        and not rows.is_contiguous()
+    )
+    if is_channels_last:
+        rows = rows.permute(0, 2, 3, 1)
+    rows = rows.index_select(0, plan.rows_to_send.to(rows.device, non_blocking=True))
+    if num_ranks > 1:
+        rows = _all_to_all(rows, plan)
+        rows = rows.index_select(0, plan.places.to(rows.device, non_blocking=True))
+    return rows.permute(0, 3, 1, 2) if is_channels_last else rows
+
+
+def _all_to_all(rows: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
+    # As bytes: gloo does not know bfloat16 in every version, and none has to be known.
+    sent = rows.reshape(len(rows), -1).view(torch.uint8)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, plan.receive_counts, plan.send_counts)
+    return received.view(rows.dtype).view(rows.shape)
 
 
 @torch.no_grad()
@@ -286,14 +315,48 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 def check_equal_across_ranks(
     tensors: Mapping[str, torch.Tensor], what: str, device: torch.device
 ) -> None:
-    """Raise DistributedError, naming the ranks, where a rank's tensors differ from rank 0's."""
+    """Raise DistributedError on all ranks, naming those that differ, where tensors are not equal.
+
+    Compared are checksums, computed where the tensors are; 16 bytes of each rank are gathered.
+
+    Args:
+        what: begins the message, for example "step 200".
+        device: of the process group.
+    """
     if world_size() == 1:
         return
-    own = torch.tensor(list(bytes.fromhex(tensors_digest(tensors))), dtype=torch.uint8)
-    digests = all_gather_cat(own.to(device)[None]).cpu()
-    differing = [r for r in range(world_size()) if not torch.equal(digests[r], digests[0])]
-    if differing:
-        raise DistributedError(
-            f"{what}: ranks {differing} differ from rank 0; stop the job and resume from its last "
-            "checkpoint"
+    sums = checksums(tensors, device)
+    digests = all_gather_cat(torch.stack([sums[0], checksum(sums)])[None])
+    if (digests != digests[0]).any():
+        raise DistributedError(f"{what}: {_disagreement(digests, sums, list(tensors))}")
+
+
+def _disagreement(digests: torch.Tensor, sums: torch.Tensor, names: list[str]) -> str:
+    """Who differs from whom, and in what. Called on all ranks: they exchange more."""
+    hosts = [None] * world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    holders: dict[int, list[int]] = {}
+    for number, digest in enumerate(digests[:, 1].tolist()):
+        holders.setdefault(digest, []).append(number)
+    (_, agreeing), *others = sorted(holders.items(), key=lambda item: -len(item[1]))
+    where = "names, shapes or types of the tensors"
+    if (digests[:, 0] == digests[0, 0]).all():
+        all_sums = all_gather_cat(sums[None])[:, 1:]
+        differing = (all_sums != all_sums[agreeing[0]]).any(dim=0).tolist()
+        found = [name for name, differs in zip(names, differing, strict=True) if differs]
+        where = found[0] + (f" and {len(found) - 1} more tensors" if found[1:] else "")
+    if len(agreeing) > len(others[0][1]):
+        odd = sorted(number for _, ranks in others for number in ranks)
+        who = ", ".join(f"rank {number} (host {hosts[number]})" for number in odd)
+        text = f"{who} differs from the {len(agreeing)} ranks that agree"
+    else:
+        sides = "; ".join(
+            f"checksum {digest & (1 << 64) - 1:016x} on "
+            + ", ".join(f"rank {number} (host {hosts[number]})" for number in ranks)
+            for digest, ranks in sorted(holders.items(), key=lambda item: item[1])
         )
+        text = f"no majority of ranks agrees: {sides}"
+    return (
+        f"{text}, in {where}. Resume the job from its last checkpoint; if it is the same rank "
+        "again, suspect its machine"
+    )

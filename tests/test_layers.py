@@ -11,7 +11,7 @@ FILES = sorted(
 )
 BASE = {
     "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.config", "moco.seeding",
-    "moco.distributed",
+    "moco.distributed", "moco.lost_rank", "moco.shuffle",
 }  # fmt: skip
 MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.data": set(),
@@ -19,8 +19,12 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.contrast": set(),
     "moco.methods": {"moco.data", "moco.models", "moco.contrast"},
     "moco.training": {"moco.data", "moco.models", "moco.contrast", "moco.methods"},
-    "moco.evaluation": {"moco.data", "moco.models", "moco.training.checkpoint"},
-    "moco.studies": {"moco.training"},
+    "moco.evaluation": {  # of training only what knows no method
+        "moco.data", "moco.models", "moco.training.checkpoint", "moco.training.layouts",
+        "moco.training.progress", "moco.training.retention", "moco.training.run_lock",
+        "moco.training.signals",
+    },
+    "moco.studies": {"moco.methods", "moco.training"},
     "moco.reporting": {"moco.data", "moco.studies", "moco.training"},
     "moco.benchmarks": {
         "moco.data", "moco.models", "moco.contrast", "moco.methods", "moco.training",
@@ -29,7 +33,9 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
 }  # fmt: skip
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.distributed",
-    "moco.training", "moco.training.checkpoint", "moco.benchmarks", "moco.benchmarks.record",
+    "moco.training", "moco.training.checkpoint", "moco.training.layouts",
+    "moco.training.run_lock",
+    "moco.benchmarks", "moco.benchmarks.record",
     "moco.reporting", "moco.reporting.page",
 }  # fmt: skip
 

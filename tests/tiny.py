@@ -18,6 +18,10 @@ OVERRIDES = {
     "DATA.NUM_WORKERS": "0",
     "TRAIN.EPOCHS": "3",
     "TRAIN.BATCH_SIZE": "8",
+    # The same on every machine.
+    "TRAIN.AMP": "False",
+    "TRAIN.CHANNELS_LAST": "False",
+    "TRAIN.COMPILE": "eager",
     "LOG.PERIOD": "1",
     "LOG.TENSORBOARD": "False",
     "KNN.K": "5",

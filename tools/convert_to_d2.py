@@ -1,9 +1,10 @@
 """Convert a pretraining checkpoint to backbone weights for Detectron2's R50-C4.
 
-    python tools/convert_to_d2.py RUN|FILE.pth.tar OUT.pth|OUT.pkl
+    python tools/convert_to_d2.py RUN|FILE OUT.pth|OUT.pkl [--encoder query|key]
 
-RUN is a run folder: its newest checkpoint that verifies is taken. Prints what was mapped and
-dropped, the self-check's figure and the config lines that the weights need.
+RUN is a run folder: its newest checkpoint that verifies is taken. FILE is a checkpoint of this
+project, of the reference, or of another in a layout of docs/CHECKPOINTS.md. Prints what was mapped
+and dropped, the self-check's figure and the config lines that the weights need.
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from detection.convert import convert_checkpoint  # noqa: E402
 from detection.self_check import SELF_CHECK_SIZE  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
+from moco.training.layouts import ENCODERS  # noqa: E402
 
 
 @exit_on_error
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", metavar="RUN|FILE.pth.tar", help="run folder or checkpoint file")
+    parser.add_argument("source", metavar="RUN|FILE", help="run folder or checkpoint file")
     parser.add_argument("out", metavar="OUT.pth|OUT.pkl", help="weights file to write")
+    parser.add_argument(
+        "--encoder", choices=ENCODERS, default="query", help="key: the momentum copy"
+    )
     args = parser.parse_args(argv)
-    report = convert_checkpoint(args.source, args.out)
+    report = convert_checkpoint(args.source, args.out, encoder=args.encoder)
     for _, reason in report.refused:
         print(f"passed over: {reason}")
     height, width = SELF_CHECK_SIZE
-    print(f"source: {report.source} ({report.layout.name} layout, {report.shape.arch})")
+    layout = f"{report.layout.name} layout, {report.encoder} encoder, {report.shape.arch}"
+    print(f"source: {report.source} ({layout})")
+    for note in report.notes:
+        print(f"note: {note}")
     print(f"mapped: {len(report.names)} tensors")
     for group, names in report.dropped.items():
         print(f"dropped: {len(names)} tensors, {group}")

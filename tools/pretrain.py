@@ -19,10 +19,13 @@ from moco.config import load_pretrain_config  # noqa: E402
 from moco.data.images import find_images  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
+from moco.lost_rank import lost_rank_as_error  # noqa: E402
+from moco.training.acceleration import resolve  # noqa: E402
 from moco.training.batch import check_batch  # noqa: E402
 from moco.training.checkpoint import write_text_atomic  # noqa: E402
 from moco.training.progress import ConsoleProgress, JsonLog, TensorBoardLog  # noqa: E402
 from moco.training.recipe import resolve_recipe  # noqa: E402
+from moco.training.run_lock import RunLock  # noqa: E402
 from moco.training.trainer import Trainer  # noqa: E402
 
 
@@ -44,11 +47,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="continue from this file, ours or the reference's, in an empty run folder",
     )
     parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="continue with another number of processes: same batches and pixels, see docs/RESUME",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what the configuration means (batch, rate, negatives, memory) and stop",
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument(
+        "--collective-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="how long a process waits for another before the job ends (default: 1800); keep it "
+        "above what rank 0 does alone, a kNN evaluation or a checkpoint",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args(argv)
 
@@ -58,25 +74,32 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     cfg = load_pretrain_config(args.config_file, args.opts)
     source = find_images(args.data)
-    process = distributed.setup_process(args.device)
+    process = distributed.setup_process(args.device, args.collective_timeout)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
+    lock = RunLock(args.output_dir, say)
     try:
+        resolved = resolve(cfg, process.device)
+        cfg = resolved.cfg
         check_batch(cfg, source, process.world_size)
         say(
             resolve_recipe(cfg, num_images=len(source), world_size=process.world_size).text()
         )
+        say(resolved.text)
         if args.dry_run:
             return 0
         output_dir = Path(args.output_dir)
-        trainer = Trainer(
-            cfg,
-            source,
-            output_dir,
-            process,
-            resume=args.resume,
-            resume_from=args.resume_from,
-            say=say,
-        )
+        with lost_rank_as_error(lambda: "before training"):
+            distributed.on_main(lock.acquire)
+            trainer = Trainer(
+                cfg,
+                source,
+                output_dir,
+                process,
+                resume=args.resume,
+                resume_from=args.resume_from,
+                elastic=args.elastic,
+                say=say,
+            )
         say(
             f"{len(source)} images of {source.root}; {process.world_size} process(es) on "
             f"{process.device.type}"
@@ -98,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             for observer in observers:
                 observer.close()
     finally:
+        lock.release()
         distributed.shutdown()
 
 

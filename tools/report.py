@@ -2,9 +2,9 @@
 
 python tools/report.py FOLDER [FOLDER ...] --output-dir DIR [--data IMAGES] [--title TEXT]
 
-FOLDER is the folder of a pretraining run, of detection trials (--trials), of a linear
-classification or of a study; their sections follow in the order given. With --data, the images a
-run was trained on, augmented views and nearest neighbours are shown.
+FOLDER is the folder of a pretraining run, of detection trials (--trials), of an evaluation of
+features (linear, kNN, SVM) or of a study; their sections follow in the order given. With --data,
+the images a run was trained on, augmented views and nearest neighbours are shown.
 """
 
 from __future__ import annotations
@@ -61,21 +61,23 @@ def _sections(folder: Path, name: str, data: str | None) -> list[Section]:
             return detection_sections(folder, name)
         if isinstance(content, dict) and "rows" in content and "title" in content:
             return study_sections(content, name)
-        if isinstance(content, dict) and "top1" in content:
-            return [_linear_section(content)]
+        if isinstance(content, dict) and "metric" in content:
+            return [_evaluation_section(content)]
     raise ConfigError(
         f"{folder}: holds no run that is known here; give a folder with log.jsonl and config.yaml "
-        "(pretraining), or with the results.json of trials, a linear classification or a study"
+        "(pretraining), or with the results.json of trials, an evaluation or a study"
     )
 
 
-def _linear_section(content: dict) -> Section:
+def _evaluation_section(content: dict) -> Section:
+    """Linear classification, fine-tuning, kNN or SVMs: every plain figure of its results."""
     rows = [
         [key, f"{value:.2f}" if isinstance(value, float) else str(value)]
         for key, value in content.items()
         if isinstance(value, str | int | float)
     ]
-    return Section("Linear classification", [Table(("", ""), rows)])
+    title = str(content.get("engine", "evaluation of features"))
+    return Section(title[0].upper() + title[1:], [Table(("", ""), rows)])
 
 
 def _pictures(folder: Path, data: str) -> list[Section]:

@@ -6,7 +6,8 @@ python tools/study.py --study configs/studies/temperature.yaml --data DIR --outp
 
 The same command continues a study that was stopped. --index runs one of the runs that --list
 numbers, for a job array (`--index $SLURM_ARRAY_TASK_ID`); --table only writes the table of what is
-there. KEY VALUE pairs hold for all runs.
+there. --cost --batches 64 128 trains nothing and measures seconds and memory of a step of each row
+(costs.md, costs.json). KEY VALUE pairs hold for all runs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from moco.data.images import find_images  # noqa: E402
 from moco.errors import ConfigError, exit_on_error  # noqa: E402
 from moco.studies import table  # noqa: E402
-from moco.studies.plan import PlannedRun, load_study, plan_runs  # noqa: E402
+from moco.studies.plan import PlannedRun, Study, load_study, plan_runs  # noqa: E402
 from moco.studies.run import Runner, Stage, StudyStopped, read_pretraining  # noqa: E402
-from moco.training.checkpoint import read_json  # noqa: E402
+from moco.training.checkpoint import read_json, write_json_atomic, write_text_atomic  # noqa: E402
 
 EXIT_STOPPED = 143  # 128 + SIGTERM, as tools/pretrain.py
 
@@ -48,6 +50,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--index", type=int, metavar="I", help="only run number I of --list")
     what.add_argument("--list", action="store_true", help="number the runs, and stop")
     what.add_argument("--table", action="store_true", help="write the table, and stop")
+    what.add_argument("--cost", action="store_true", help="measure what a step costs, and stop")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="of --cost")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="of --cost, timed")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="of --cost; default: all")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args(argv)
 
@@ -61,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         for number, run in enumerate(runs):
             print(f"{number}: {run.row}, seed {run.seed}: {' '.join(run.overrides)}")
         return 0
+    if args.cost:
+        _write_costs(args, study, runs)
+        return 0
     errors: list[str] = []
     if not args.table:
         try:
@@ -71,6 +80,32 @@ def main(argv: list[str] | None = None) -> int:
     content = table.collect(study, runs, args.output_dir)
     print(table.write(content, study.published_columns, args.output_dir))
     return 1 if errors else 0
+
+
+def _write_costs(args: argparse.Namespace, study: Study, runs: list[PlannedRun]) -> None:
+    import torch
+
+    from moco.studies import cost
+
+    if not args.batches or min(args.batches) < 1 or args.steps < 1:
+        raise ConfigError("--cost: give --batches, e.g. --batches 64 128, and --steps 1 or more")
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    content = cost.measure_costs(
+        study, runs[: len(study.rows)], sorted(args.batches),
+        num_images=len(find_images(args.data)), num_steps=args.steps, device=device,
+        memory_limit=args.memory_limit or memory / 2**30,
+        say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    text = cost.markdown(content)
+    write_json_atomic(args.output_dir / "costs.json", content)
+    write_text_atomic(args.output_dir / "costs.md", text)
+    print(text)
 
 
 def _chosen(runs: list[PlannedRun], index: int | None) -> list[PlannedRun]:

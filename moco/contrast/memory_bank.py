@@ -38,12 +38,18 @@ def bank_logits(
 
 @torch.no_grad()
 def update_bank_(
-    bank_MD: torch.Tensor, index_N: torch.Tensor, features_ND: torch.Tensor, momentum: float
+    bank_MD: torch.Tensor,
+    index_N: torch.Tensor,
+    features_ND: torch.Tensor,
+    momentum: float,
+    skip: torch.Tensor | None = None,
 ) -> None:
     """bank[i] <- momentum * bank[i] + (1 - momentum) * feature, of unit length again; in place.
 
     Args:
         index_N: numbers of N different images.
+        skip: a scalar on the device; where it is true nothing is written.
     """
-    mixed = momentum * bank_MD[index_N] + (1.0 - momentum) * features_ND.to(bank_MD.dtype)
-    bank_MD[index_N] = F.normalize(mixed, dim=1)
+    old = bank_MD[index_N]
+    mixed = F.normalize(momentum * old + (1.0 - momentum) * features_ND.to(bank_MD.dtype), dim=1)
+    bank_MD[index_N] = mixed if skip is None else torch.where(skip, old, mixed)

@@ -1,8 +1,9 @@
 """Augmentation recipes v1, v2 and v3, the evaluation view, and normalisation.
 
 A view is made in two steps. `sample_parameters` draws everything random about it, from an explicit
-generator; `apply_pil` computes its pixels from them, without any randomness. Other backends can
-replace the second step and must then agree with it.
+generator; `apply_pil` computes its pixels from them, without any randomness. The other backends
+(augment_fast, augment_device) replace the second step and agree with it up to rounding
+(docs/AUGMENTATION.md).
 
 The recipes are the reference's (facebookresearch/moco, main_moco.py and moco/loader.py):
 v1: crop - grey - jitter - flip;  v2: crop - jitter - grey - blur - flip.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional
 from torchvision.transforms.functional import InterpolationMode
 
+from moco.cfgnode import CfgNode
+from moco.data.augment_device import apply_batch
 from moco.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -312,6 +316,34 @@ def normalize(
     # reciprocal, which rounds differently.
     images_BCHW = images_BCHW.to(torch.float32).div_(_constant((255.0,), device))
     return images_BCHW.sub_(_constant(tuple(mean), device)).div_(_constant(tuple(std), device))
+
+
+def to_inputs(
+    batch: Sequence[torch.Tensor], cfg: CfgNode, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A loader's batch as a network's inputs: the device's part of the augmentation, normalised.
+
+    A pure function of the batch, which is left as it is.
+
+    Args:
+        batch: (view_q, view_k, index), or (crop_q, crop_k, index, table_q, table_k) of the backend
+            "device"; images uint8 [B, 3, H, W].
+    Returns: (view_q, view_k, index) on `device`: float32 [B, 3, H, W] twice, in the memory format
+        of TRAIN.CHANNELS_LAST, and int64 [B].
+    """
+    view_q, view_k, index, *tables = batch
+    view_q, view_k, index = (
+        tensor.to(device, non_blocking=True) for tensor in (view_q, view_k, index)
+    )
+    if tables:
+        # Both at once: on small images a GPU spends more time on starting than on computing.
+        compiled = device.type == "cuda" and cfg.TRAIN.COMPILE == "torch"
+        both = apply_batch(torch.cat([view_q, view_k]), torch.cat(tables), compiled=compiled)
+        view_q, view_k = both.chunk(2)
+    inputs = [normalize(view, cfg.DATA.MEAN, cfg.DATA.STD) for view in (view_q, view_k)]
+    if cfg.TRAIN.CHANNELS_LAST:
+        inputs = [view.to(memory_format=torch.channels_last) for view in inputs]
+    return *inputs, index
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Folders of images: finding, labelling and decoding them as torchvision's ImageFolder does."""
+"""Folders of images: found and labelled as torchvision's ImageFolder does."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from moco.data.reading import read_file
+from moco.data.rgb import decode_rgb
+from moco.data.shard_index import is_pack
+from moco.data.shards import ShardSource, open_pack
 from moco.errors import DataError
 
 # torchvision's IMG_EXTENSIONS (torchvision/datasets/folder.py).
@@ -38,16 +42,22 @@ class ImageSource:
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
 
+    def read_bytes(self, index: int) -> bytes:
+        """The file of image `index`. Raises DataError where it is unreadable."""
+        return read_file(self.path(index))
+
     def open(self, index: int) -> Image.Image:
-        """Image `index` as `load_rgb` returns it. Raises DataError where it is unreadable."""
-        return load_rgb(self.path(index))
+        """Image `index` as `decode_rgb` returns it. Raises DataError where it is unreadable."""
+        return decode_rgb(self.read_bytes(index), self.path(index))
 
 
-def find_images(root: str | os.PathLike) -> ImageSource:
+def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
     """List the images of a folder; none of them is opened.
 
-    Two layouts are read. Class folders: `root/CLASS/**/*.jpg`, labelled by the sorted class names,
-    in the order of torchvision's ImageFolder. Flat: `root/*.jpg`, sorted, without labels.
+    A folder that tools/pack_images.py wrote gives the images, names and labels of the folder it was
+    made from, in the same order. Otherwise two layouts are read. Class folders:
+    `root/CLASS/**/*.jpg`, labelled by the sorted class names, in the order of torchvision's
+    ImageFolder. Flat: `root/*.jpg`, sorted, without labels.
     As the reference does (main_moco.py), `root/train` is read where `root` itself holds no image
     and has a folder `train`. To tell that split from a class named "train", it must be the only
     folder or stand beside val, valid, validation or test.
@@ -55,12 +65,16 @@ def find_images(root: str | os.PathLike) -> ImageSource:
 
     Raises:
         DataError: root is missing, not a folder, unreadable, holds no image, mixes the two
-            layouts, or a class folder holds no image.
+            layouts, or a class folder holds no image; a pack is damaged.
     """
     root = Path(root).expanduser()
+    if is_pack(root):
+        return open_pack(root)
     images, folders = _list_folder(root)
     if not images and _train_is_a_split(folders):
         root = root / "train"
+        if is_pack(root):
+            return open_pack(root)
         images, folders = _list_folder(root)
     if images:
         mixed = next((f for f in folders if next(_images_under(root / f), None)), None)
@@ -73,30 +87,12 @@ def find_images(root: str | os.PathLike) -> ImageSource:
     return _read_class_folders(root, folders)
 
 
-def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """Decode one image fully, as 8-bit RGB.
-
-    The same pixels as torchvision's ImageFolder gives: `convert("RGB")`, and an orientation
-    written in EXIF is not applied.
-
-    Raises: DataError with the path and the decoder's reason.
-    """
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        reason = "no known image format" if os.path.getsize(path) else "it is empty"
-        raise _unreadable(path, reason) from error
-    except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
-    except Exception as error:  # damaged files make decoders raise almost anything
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-
-
-def _unreadable(path: str | os.PathLike, reason: str) -> DataError:
-    return DataError(
-        f"{path}: cannot be read as an image ({' '.join(reason.split())}); replace or remove it"
-    )
+def split_folders(root: str | os.PathLike) -> list[str]:
+    """The splits of a folder (train, and val, test ... beside it); none where it has no splits."""
+    images, folders = _list_folder(Path(root).expanduser())
+    if images or not _train_is_a_split(folders):
+        return []
+    return [name for name in folders if name in ("train", *_SPLITS_BESIDE_TRAIN)]
 
 
 def _read_class_folders(root: Path, folders: list[str]) -> ImageSource:
@@ -110,9 +106,11 @@ def _read_class_folders(root: Path, folders: list[str]) -> ImageSource:
         paths += found
         labels += [label] * len(found)
     if not paths:
+        shards = "; its .tar files need an index: tools/pack_images.py --index-only"
         raise DataError(
             f"{root}: holds no image, neither directly nor in class folders; allowed suffixes: "
             f"{', '.join(IMAGE_SUFFIXES)}; give a folder of images"
+            + (shards if next(root.glob("*.tar"), None) else "")
         )
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")

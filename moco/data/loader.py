@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, default_collate
 
-from moco import seeding
-from moco.data.augment import (
-    Recipe,
-    apply_pil,
-    eval_pil,
-    eval_resize,
-    sample_parameters,
-    to_uint8_CHW,
-)
+from moco.data.augment import Recipe, eval_resize
+from moco.data.backends import BACKENDS
+from moco.data.bad_images import BadImages
+from moco.data.device_crops import GpuDecoder, ResidentImages
 from moco.data.images import ImageSource
-from moco.data.sampler import EpochStream
+from moco.data.sampler import EpochStream, Order, epoch_order
+from moco.data.two_views import TwoTables, TwoTablesAndFile, TwoViews
 from moco.errors import ConfigError, DataError
 
 _PREFETCH_BATCHES = 2  # per worker
-
-
-class TwoViews(Dataset):
-    """`dataset[(epoch, index)]` -> (view_q, view_k, index), views uint8 [3, size, size].
-
-    Each view's draws depend on (seed, epoch, index, view) alone.
-
-    Args:
-        recipe: of both views, or one for each.
-    """
-
-    def __init__(self, source: ImageSource, recipe: Recipe | tuple[Recipe, Recipe], seed: int):
-        self.source = source
-        self.recipes = recipe if isinstance(recipe, tuple) else (recipe, recipe)
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        epoch, index = key
-        image = self.source.open(index)
-        view_q, view_k = (self._view(image, epoch, index, view) for view in (0, 1))
-        return view_q, view_k, index
-
-    def _view(self, image, epoch: int, index: int, view: int) -> torch.Tensor:
-        rng = seeding.python_random(self.seed, "augment", epoch, index, view)
-        parameters = sample_parameters(self.recipes[view], rng, *image.size)
-        return to_uint8_CHW(apply_pil(image, parameters, self.recipes[view].size))
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class OneView(Dataset):
@@ -59,13 +32,20 @@ class OneView(Dataset):
     Raises: DataError where the source has no labels, ConfigError where resize < size.
     """
 
-    def __init__(self, source: ImageSource, size: int, resize: int | None = None):
+    def __init__(
+        self,
+        source: ImageSource,
+        size: int,
+        resize: int | None = None,
+        backend: str = "pil",
+    ):
         if source.labels is None:
             raise DataError(
                 f"{source.root}: is a flat folder of images; evaluation needs class folders, whose "
                 "names are the labels"
             )
         self.source = source
+        self.backend = BACKENDS[backend]
         self.size = size
         self.resize = eval_resize(size) if resize is None else resize
         if not 1 <= self.size <= self.resize:
@@ -78,8 +58,10 @@ class OneView(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        image = eval_pil(self.source.open(index), self.size, self.resize)
-        return to_uint8_CHW(image), self.source.labels[index], index
+        image = self.backend.read(self.source, index)
+        view = torch.empty(3, self.size, self.size, dtype=torch.uint8)
+        self.backend.write_eval(image, self.size, self.resize, view.numpy())
+        return view, self.source.labels[index], index
 
 
 def build_pretrain_loader(
@@ -94,16 +76,28 @@ def build_pretrain_loader(
     last_step: int,
     num_workers: int,
     pin_memory: bool,
+    backend: str = "opencv",
+    decode: str = "cpu",
+    resident: bool = False,
+    device: torch.device | str = "cpu",
+    order: Order = epoch_order,
+    bad_images: BadImages | None = None,
 ) -> DataLoader:
     """Loader of this rank's share of global steps `first_step` .. `last_step` - 1, in one iterator.
 
     A batch is (view_q, view_k, index): uint8 [B, 3, size, size] twice and int64 [B], with
-    B = global_batch / world_size. The number of workers changes no pixel.
+    B = global_batch / world_size; with the backend "device" also (table_q, table_k), see
+    `TwoViews`. `to_inputs` makes all of them a network's inputs. The number of workers changes no
+    pixel.
 
     Args:
         recipe: of both views, or one for each.
-    Raises: ConfigError at once for a batch that does not fit (see EpochStream); DataError while
-        iterating, in this process, for an unreadable image.
+        backend, decode, resident: AUGMENT.BACKEND, DECODE and RESIDENT of the configuration.
+        device: where a resident data set lives and the GPU decodes.
+        order: of the images of an epoch. bad_images: see `TwoViews`.
+    Raises: ConfigError at once for a batch that does not fit (see EpochStream) or a device that
+        cannot decode; DataError at once for images that cannot be resident, and while iterating,
+        in this process, for an unreadable image.
     """
     stream = EpochStream(
         num_images=len(source),
@@ -113,8 +107,19 @@ def build_pretrain_loader(
         seed=seed,
         first_step=first_step,
         last_step=last_step,
+        order=order,
     )
-    return _Loader(TwoViews(source, recipe, seed), stream, num_workers, pin_memory)
+    views = TwoViews(source, recipe, seed, backend, bad_images)
+    recipes, size, device = views.recipes, views.recipes[0].size, torch.device(device)
+    if resident:
+        images = ResidentImages(source, size, device)
+        tables = TwoTables(images.width, images.height, recipes, seed)
+        return _Loader(tables, stream, num_workers, pin_memory, finish=images)
+    if decode == "gpu":
+        decoder = GpuDecoder(source, size, device)
+        files = TwoTablesAndFile(source, recipes, seed)
+        return _Loader(files, stream, num_workers, pin_memory, finish=decoder)
+    return _Loader(views, stream, num_workers, pin_memory)
 
 
 def build_eval_loader(
@@ -125,17 +130,19 @@ def build_eval_loader(
     *,
     resize: int | None = None,
     pin_memory: bool = False,
+    backend: str = "pil",
 ) -> DataLoader:
     """Loader of every image once, in order: (image uint8 [B, 3, size, size], label, index).
 
     Args:
         resize: shorter side before the central crop; None for size * 256 / 224. With resize = size,
             square images of that size keep their pixels, as in the reference's CIFAR demo.
+        backend: "pil", or "opencv" for nearly its pixels, faster.
     Raises: DataError and ConfigError as `OneView`.
     """
     if batch_size < 1:
         raise ConfigError(f"evaluation batch size is {batch_size}; allowed: an integer >= 1")
-    dataset = OneView(source, size, resize)
+    dataset = OneView(source, size, resize, backend)
     batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
     return _Loader(dataset, batches, num_workers, pin_memory)
 
@@ -145,9 +152,21 @@ class _Loader(DataLoader):
 
     torch re-raises a worker's exception with the worker's traceback as its message. So here the
     error travels as a value, in place of the batch, and is raised by the iterator.
+
+    Args:
+        dataset: its `batch(keys)` makes a batch; without one, samples are collated.
+        finish: applied to each batch in the main process.
     """
 
-    def __init__(self, dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_sampler,
+        num_workers: int,
+        pin_memory: bool,
+        finish: Callable | None = None,
+    ):
+        self.finish = finish
         if num_workers < 0:
             raise ConfigError(f"number of loader workers is {num_workers}; allowed: 0 or more")
         super().__init__(
@@ -155,7 +174,7 @@ class _Loader(DataLoader):
             batch_sampler=batch_sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            collate_fn=_collate,
+            collate_fn=_as_it_is,
             worker_init_fn=_init_worker,
             prefetch_factor=_PREFETCH_BATCHES if num_workers else None,
             # Without its own generator a loader draws from torch's global one.
@@ -166,24 +185,26 @@ class _Loader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            yield batch if self.finish is None else self.finish(batch)
 
 
 class _ErrorsAsValues(Dataset):
-    """Fetches a batch of samples, or the DataError that one of them raised."""
+    """Fetches a batch, or the DataError that one of its samples raised."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitems__(self, keys: list) -> list | DataError:
+    def __getitems__(self, keys: list):
         try:
-            return [self.dataset[key] for key in keys]
+            if hasattr(self.dataset, "batch"):
+                return self.dataset.batch(keys)
+            return default_collate([self.dataset[key] for key in keys])
         except DataError as error:
             return error
 
 
-def _collate(samples: list | DataError):
-    return samples if isinstance(samples, DataError) else default_collate(samples)
+def _as_it_is(batch):
+    return batch
 
 
 def _init_worker(worker_id: int) -> None:
@@ -193,11 +214,26 @@ def _init_worker(worker_id: int) -> None:
     a checkpoint and needs its workers until it is done. SIGTERM is obeyed only when the main
     process itself sends it, which is how multiprocessing ends its workers.
     """
-    torch.set_num_threads(1)
+    spare_overhead()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Blocked in this thread, and in the waiting thread, which inherits the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_parent_sigterm, daemon=True).start()
+
+
+def spare_overhead() -> None:
+    """Make this process one that only augments: it saves about a tenth of its time.
+
+    One thread. What exists now stays and is not looked through for garbage again. And freed
+    pictures are kept for the next ones: glibc would hand each back to the system and have its pages
+    given, and zeroed, anew.
+    """
+    torch.set_num_threads(1)
+    gc.freeze()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's, malloc.h
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _obey_parent_sigterm() -> None:

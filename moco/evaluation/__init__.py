@@ -1,1 +1,1 @@
-"""Evaluation of frozen features: extraction and the kNN classifier."""
+"""Evaluation of encoders: kNN, linear classification, fine-tuning with few labels, SVMs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 
 from moco.data.augment import normalize
 from moco.errors import NonFiniteError
+from moco.training.progress import format_duration
+
+_QUIET_SECONDS = 30.0  # between lines about the rate
 
 
 @contextlib.contextmanager
@@ -24,6 +28,73 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             submodule.training = training
 
 
+class RateLines:
+    """Lines about how many of `total` images are done, at most one every half minute."""
+
+    def __init__(self, what: str, total: int, say: Callable[[str], None]):
+        self.what, self.total, self.say = what, total, say
+        self.done = 0
+        self.started = self.last = time.monotonic()
+
+    def add(self, num_images: int) -> None:
+        self.done += num_images
+        now = time.monotonic()
+        if now - self.last >= _QUIET_SECONDS:
+            self.last = now
+            rate = self.done / (now - self.started)
+            left = format_duration((self.total - self.done) / rate)
+            self.say(f"{self.what}: {self.done}/{self.total} images {rate:.1f} img/s ETA {left}")
+
+
+def encoder_function(
+    encoder: torch.nn.Module, features: str, *, amp: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Images [B, 3, H, W] -> features [B, D] of the "backbone" or the "head", under bfloat16
+    autocast where `amp` is set. The encoder must be in eval mode."""
+    _check_eval_mode(encoder)
+    encode = encoder.forward_features if features == "backbone" else encoder
+
+    def function(images_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images_BCHW.device.type, dtype=torch.bfloat16, enabled=amp):
+            return encode(images_BCHW)
+
+    return function
+
+
+def iterate_features(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    loader: Iterable,
+    device: torch.device | str,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    channels_last: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Encode the batches of a loader built by `build_eval_loader`.
+
+    The caller puts the model into eval mode, so batch-norm buffers are only read.
+
+    Args:
+        encode: normalised images [B, 3, H, W] on `device` -> features [B, D].
+    Yields: (features float32 [B, D] as they are, on `device`; labels int64 [B] on the CPU).
+    Raises: NonFiniteError where a feature is NaN or Inf.
+    """
+    _check_eval_mode(getattr(encode, "__self__", encode))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    num_images = 0
+    for images_BCHW, label_B, _ in loader:
+        with torch.inference_mode():
+            images_BCHW = normalize(images_BCHW.to(device, non_blocking=True), mean, std)
+            features_BD = encode(images_BCHW.contiguous(memory_format=memory_format)).float()
+            if not torch.isfinite(features_BD).all():
+                raise NonFiniteError(
+                    f"features of images {num_images} to {num_images + len(label_B) - 1} are not "
+                    "finite; the weights have diverged, use an earlier checkpoint"
+                )
+        num_images += len(label_B)
+        yield features_BD, label_B
+
+
 def extract_features(
     encode: Callable[[torch.Tensor], torch.Tensor],
     loader: Iterable,
@@ -31,34 +102,19 @@ def extract_features(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode every image of a loader built by `build_eval_loader`.
+    """Encode every image of a loader; arguments and errors as of `iterate_features`.
 
-    The caller puts the model into eval mode, with `evaluation_mode(model)`, and chooses by
-    `encode` whether the features are the backbone's or the head's. Batch-norm buffers are then
-    only read.
-
-    Args:
-        encode: normalised images [B, 3, H, W] on `device` -> features [B, D].
     Returns: (features float32 [N, D] with L2 norm 1, labels int64 [N]), both on the CPU.
-    Raises: NonFiniteError where a feature is NaN or Inf.
     """
-    owner = getattr(encode, "__self__", encode)
-    assert not (isinstance(owner, torch.nn.Module) and any(m.training for m in owner.modules())), (
-        "extract_features needs a model in eval mode; use evaluation_mode(model)"
-    )
     features, labels = [], []
-    num_images = 0
-    with torch.inference_mode():
-        for images_BCHW, label_B, _ in loader:
-            images_BCHW = images_BCHW.to(device, non_blocking=True)
-            features_BD = encode(normalize(images_BCHW, mean, std)).float()
-            if not torch.isfinite(features_BD).all():
-                raise NonFiniteError(
-                    f"features of images {num_images} to {num_images + len(label_B) - 1} are not "
-                    "finite; the weights have diverged, use an earlier checkpoint"
-                )
-            num_images += len(label_B)
-            features.append(F.normalize(features_BD, dim=1).cpu())
-            labels.append(label_B)
+    for features_BD, label_B in iterate_features(encode, loader, device, mean, std):
+        features.append(F.normalize(features_BD, dim=1).cpu())
+        labels.append(label_B)
     # Joined outside inference mode, so that a classifier can be trained on the result.
     return torch.cat(features), torch.cat(labels)
+
+
+def _check_eval_mode(owner: object) -> None:
+    assert not (isinstance(owner, torch.nn.Module) and any(m.training for m in owner.modules())), (
+        "features need a model in eval mode; use evaluation_mode(model)"
+    )

@@ -11,11 +11,9 @@ import torch.nn as nn
 from moco.cfgnode import CfgNode
 from moco.data.images import ImageSource, find_images
 from moco.data.loader import build_eval_loader
-from moco.errors import DataError
 from moco.evaluation.features import evaluation_mode, extract_features
 from moco.evaluation.knn import knn_accuracy
-
-_TEST_FOLDERS = ("val", "test")
+from moco.evaluation.splits import check_same_classes, find_test_folder
 
 
 def build_knn_monitor(
@@ -34,20 +32,15 @@ def build_knn_monitor(
     """
     if not cfg.KNN.PERIOD:
         return None
-    folder = next((f for f in _TEST_FOLDERS if (Path(data_dir) / f).is_dir()), None)
+    folder = find_test_folder(data_dir)
     if train.labels is None or folder is None or Path(train.root) == Path(data_dir):
         say(
             "kNN monitor: off, it needs class folders in train/ and in val/ or test/ of "
             f"{data_dir}"
         )
         return None
-    test = find_images(Path(data_dir) / folder)
-    if test.class_names != train.class_names:
-        differing = sorted(set(test.class_names) ^ set(train.class_names))
-        raise DataError(
-            f"{test.root}: its class folders differ from those of {train.root} "
-            f"({', '.join(differing[:5])}); give both the same classes, or set KNN.PERIOD 0"
-        )
+    test = find_images(folder)
+    check_same_classes(train, test, "give both the same classes, or set KNN.PERIOD 0")
 
     def evaluate(encoder: nn.Module) -> dict[str, float]:
         encode = encoder.forward_features if cfg.KNN.FEATURES == "backbone" else encoder

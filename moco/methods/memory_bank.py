@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from moco.cfgnode import CfgNode
-from moco.contrast.info_nce import contrast_accuracy, info_nce_loss, unit_vectors
+from moco.contrast.figures import contrast_figures
+from moco.contrast.info_nce import info_nce_loss, unit_vectors
 from moco.contrast.memory_bank import bank_logits, draw_negatives, initial_bank, update_bank_
 from moco.distributed import all_gather_cat
 from moco.errors import ConfigError
@@ -58,21 +59,23 @@ class MemoryBank(Method):
             **encoder_options(cfg),
         )
 
-    def forward(self, view_q_BCHW, view_k_BCHW, index_B, *, momentum, generator) -> StepOutput:
-        q_BD = unit_vectors(self.encoder_q(view_q_BCHW))
+    def prepare(self, view_q_BCHW, view_k_BCHW, *, momentum, generator, num_parts=1):
+        """The numbers of the step's negatives [K], the same for all micro-batches."""
         negatives = draw_negatives(len(self.bank), self.num_negatives, generator)
-        logits = bank_logits(
-            q_BD, index_B, self.bank, negatives.to(index_B.device), self.temperature
-        )
-        return StepOutput(
-            loss=info_nce_loss(logits),
-            metrics=contrast_accuracy(logits),
-            keys_ND=all_gather_cat(q_BD.detach()),
-        )
+        if self.bank.is_cuda:
+            negatives = negatives.pin_memory()  # or the copy would wait for the GPU
+        return [negatives.to(self.bank.device, non_blocking=True)] * num_parts
 
-    def after_step(self, output: StepOutput, index_B: torch.Tensor) -> None:
+    def contrast(self, view_q_BCHW, view_k_BCHW, index_B, part, measure) -> StepOutput:
+        q_BD = unit_vectors(self.encoder_q(view_q_BCHW))
+        logits = bank_logits(q_BD, index_B, self.bank, part, self.temperature)
+        figures = contrast_figures(q_BD, logits, temperature=self.temperature) if measure else {}
+        return StepOutput(info_nce_loss(logits), figures, keys_VBD=q_BD.detach()[None])
+
+    def after_step(self, output, index_B, skip=None) -> None:
         """Store the step's features after the backward pass, which still reads the old bank."""
-        update_bank_(self.bank, all_gather_cat(index_B), output.keys_ND, self.bank_momentum)
+        features_ND = all_gather_cat(output.keys_VBD[0])
+        update_bank_(self.bank, all_gather_cat(index_B), features_ND, self.bank_momentum, skip)
 
     def count_negatives(self, global_batch: int) -> int:
         return self.num_negatives

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 
 from moco.cfgnode import CfgNode
-from moco.contrast.info_nce import (
-    contrast_accuracy,
-    info_nce_logits,
-    info_nce_loss,
-    unit_vectors,
-)
+from moco.contrast.figures import contrast_figures
+from moco.contrast.fused import fused_info_nce
+from moco.contrast.info_nce import info_nce_logits, info_nce_loss, unit_vectors
 from moco.contrast.queue import enqueue_, initial_queue
 from moco.distributed import all_gather_cat, batch_shuffle, batch_unshuffle, world_size
 from moco.errors import ConfigError
@@ -26,15 +23,16 @@ class MoCo(Method):
 
     Args:
         queue_size: K. temperature: tau of InfoNCE.
+        fused: compute loss and moving average in one pass each, not in the reference's form.
         encoder: see `build_encoders`; `dim` is D, `mlp` tells v2 from v1.
     """
 
     shuffles_keys = True
     views_enqueued = 1  # keys a step stores for each image
 
-    def __init__(self, *, queue_size: int, temperature: float, **encoder):
+    def __init__(self, *, queue_size: int, temperature: float, fused: bool = False, **encoder):
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.fused = temperature, fused
         # The order of construction is the reference's, so a seed gives its initial state.
         self.encoder_q, self.encoder_k = build_encoders(2, **encoder)
         init_key_encoder_(self.encoder_k, self.encoder_q)
@@ -52,31 +50,53 @@ class MoCo(Method):
         return cls(
             queue_size=cfg.MOCO.QUEUE_SIZE,
             temperature=cfg.MOCO.TEMPERATURE,
+            fused=not cfg.TRAIN.REFERENCE,
             **encoder_options(cfg),
         )
 
-    def forward(self, view_q_BCHW, view_k_BCHW, index_B, *, momentum, generator) -> StepOutput:
-        q_BD = unit_vectors(self.encoder_q(view_q_BCHW))
-        with torch.no_grad():
-            ema_update_(self.encoder_k, self.encoder_q, momentum)
-            k_BD = self._keys(view_k_BCHW, generator)
-        logits = info_nce_logits(q_BD, k_BD, self.queue, self.temperature)
-        return StepOutput(
-            loss=info_nce_loss(logits),
-            metrics=contrast_accuracy(logits),
-            keys_ND=all_gather_cat(k_BD),
-        )
+    @torch.no_grad()
+    def prepare(self, view_q_BCHW, view_k_BCHW, *, momentum, generator, num_parts=1):
+        """Own keys [b, D] of each micro-batch. The queries' forward reads nothing the average
+        writes, so keys may be made first; then their activations are gone before those of the
+        queries are kept."""
+        ema_update_(self.encoder_k, self.encoder_q, momentum, fused=self.fused)
+        return self._keys(view_k_BCHW, generator, num_parts).chunk(num_parts)
 
-    def _keys(self, view_k_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Keys of this process's images, computed in a shuffled batch (shuffle BN)."""
+    def contrast(self, view_q_BCHW, view_k_BCHW, index_B, part, measure) -> StepOutput:
+        q_BD, k_BD = unit_vectors(self.encoder_q(view_q_BCHW)), part
+        loss, logits = self._loss(q_BD, k_BD, measure)
+        figures = contrast_figures(q_BD, logits, temperature=self.temperature) if measure else {}
+        return StepOutput(loss=loss, metrics=figures, keys_VBD=k_BD[None])
+
+    def _loss(
+        self, q_BD: torch.Tensor, k_BD: torch.Tensor, measure: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss against the queue, and the logits where they are measured or were needed for it."""
+        if not self.fused:
+            logits = info_nce_logits(q_BD, k_BD, self.queue, self.temperature)
+            return info_nce_loss(logits), logits
+        logits = None
+        if measure:
+            logits = info_nce_logits(q_BD.detach(), k_BD, self.queue, self.temperature)
+        return fused_info_nce(q_BD, k_BD, self.queue, self.temperature), logits
+
+    def _keys(
+        self, view_k_BCHW: torch.Tensor, generator: torch.Generator, num_parts: int
+    ) -> torch.Tensor:
+        """Keys of this process's images, computed in a shuffled global batch (shuffle BN) of which
+        batch norm sees one micro-batch at a time."""
         permutation = torch.randperm(len(view_k_BCHW) * world_size(), generator=generator)
         shuffled = batch_shuffle(view_k_BCHW, permutation)
-        k_BD = unit_vectors(self.encoder_k(shuffled))
-        return batch_unshuffle(k_BD, permutation)
+        with torch.inference_mode():
+            keys = [unit_vectors(self.encoder_k(images)) for images in shuffled.chunk(num_parts)]
+        # Joined outside, they are ordinary tensors, which autograd may keep.
+        return batch_unshuffle(torch.cat(keys), permutation)
 
-    def after_step(self, output: StepOutput, index_B: torch.Tensor) -> None:
-        """Enqueue the keys after the backward pass, which still reads the old queue."""
-        enqueue_(self.queue, self.queue_ptr, output.keys_ND)
+    def after_step(self, output, index_B, skip=None) -> None:
+        """Enqueue the keys of all processes, in the order of their ranks, after the backward pass,
+        which still reads the old queue."""
+        for keys_BD in output.keys_VBD:
+            enqueue_(self.queue, self.queue_ptr, all_gather_cat(keys_BD), skip)
 
     def count_negatives(self, global_batch: int) -> int:
         return self.queue.shape[1]

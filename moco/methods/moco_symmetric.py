@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moco.contrast.info_nce import (
-    contrast_accuracy,
-    info_nce_logits,
-    info_nce_loss,
-    unit_vectors,
-)
-from moco.distributed import all_gather_cat
+from moco.contrast.figures import contrast_figures
+from moco.contrast.info_nce import unit_vectors
 from moco.methods.base import StepOutput
 from moco.methods.moco import MoCo
 from moco.models.momentum import ema_update_
@@ -25,17 +20,22 @@ class SymmetricMoCo(MoCo):
 
     views_enqueued = 2
 
-    def forward(self, view_q_BCHW, view_k_BCHW, index_B, *, momentum, generator) -> StepOutput:
+    @torch.no_grad()
+    def prepare(self, view_q_BCHW, view_k_BCHW, *, momentum, generator, num_parts=1):
+        """Own keys [b, D] of both views, for each micro-batch."""
+        ema_update_(self.encoder_k, self.encoder_q, momentum, fused=self.fused)
+        keys = [self._keys(view, generator, num_parts) for view in (view_q_BCHW, view_k_BCHW)]
+        return list(zip(*(k_BD.chunk(num_parts) for k_BD in keys), strict=True))
+
+    def contrast(self, view_q_BCHW, view_k_BCHW, index_B, part, measure) -> StepOutput:
         queries = [unit_vectors(self.encoder_q(view)) for view in (view_q_BCHW, view_k_BCHW)]
-        with torch.no_grad():
-            ema_update_(self.encoder_k, self.encoder_q, momentum)
-            keys = [self._keys(view, generator) for view in (view_q_BCHW, view_k_BCHW)]
-        logits = [
-            info_nce_logits(q_BD, k_BD, self.queue, self.temperature)
-            for q_BD, k_BD in zip(queries, reversed(keys), strict=True)
-        ]
-        return StepOutput(
-            loss=sum(map(info_nce_loss, logits)),
-            metrics=contrast_accuracy(torch.cat(logits)),
-            keys_ND=torch.cat([all_gather_cat(k_BD) for k_BD in keys]),
-        )
+        pairs = zip(queries, reversed(part), strict=True)
+        losses, logits = zip(*(self._loss(*pair, measure) for pair in pairs), strict=True)
+        figures = {}
+        if measure:
+            all_queries, all_logits = torch.cat(queries), torch.cat(logits)
+            figures = contrast_figures(all_queries, all_logits, temperature=self.temperature)
+        return StepOutput(loss=sum(losses), metrics=figures, keys_VBD=torch.stack(part))
+
+    def chance_loss(self, global_batch: int) -> float:
+        return 2 * super().chance_loss(global_batch)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from moco.cfgnode import CfgNode
-from moco.contrast.info_nce import contrast_accuracy, in_batch_logits, unit_vectors
+from moco.contrast.figures import contrast_figures
+from moco.contrast.info_nce import in_batch_logits, unit_vectors
 from moco.distributed import all_gather_cat, rank
 from moco.errors import ConfigError
 from moco.methods.base import Method, StepOutput
@@ -68,23 +69,40 @@ class MoCoV3(Method):
             **backbone_options(cfg),
         )
 
-    def forward(self, view_q_BCHW, view_k_BCHW, index_B, *, momentum, generator) -> StepOutput:
-        views = (view_q_BCHW, view_k_BCHW)
+    @torch.no_grad()
+    def prepare(self, view_q_BCHW, view_k_BCHW, *, momentum, generator, num_parts=1):
+        """All processes' keys [N, D] of both views, and the number in the global batch of each
+        micro-batch's first image."""
+        ema_update_(self.encoder_k, self.encoder_q, momentum)
+        keys = []
+        for view in (view_q_BCHW, view_k_BCHW):
+            parts = [unit_vectors(self.encoder_k(images)) for images in view.chunk(num_parts)]
+            keys.append(all_gather_cat(torch.cat(parts)))
+        num_images = len(view_q_BCHW)
+        first = rank() * num_images
+        return [(keys, first + part * num_images // num_parts) for part in range(num_parts)]
+
+    def contrast(self, view_q_BCHW, view_k_BCHW, index_B, part, measure) -> StepOutput:
+        keys, first = part
         # The two crops are normalised apart (appendix A, "BatchNorm").
-        queries = [unit_vectors(self.predictor(self.encoder_q(view))) for view in views]
-        with torch.no_grad():
-            ema_update_(self.encoder_k, self.encoder_q, momentum)
-            keys = [all_gather_cat(unit_vectors(self.encoder_k(view))) for view in views]
-        first = rank() * len(index_B)
+        queries = [
+            unit_vectors(self.predictor(self.encoder_q(view)))
+            for view in (view_q_BCHW, view_k_BCHW)
+        ]
         pairs = [
             in_batch_logits(q_BD, k_ND, first, self.temperature)
             for q_BD, k_ND in zip(queries, reversed(keys), strict=True)
         ]
         losses = [F.cross_entropy(logits, labels) for logits, labels in pairs]
-        logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return StepOutput(
-            loss=2 * self.temperature * sum(losses), metrics=contrast_accuracy(logits, labels)
-        )
+        figures = {}
+        if measure:
+            logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            features = torch.cat(queries)
+            figures = contrast_figures(features, logits, labels, temperature=self.temperature)
+        return StepOutput(loss=2 * self.temperature * sum(losses), metrics=figures)
+
+    def chance_loss(self, global_batch: int) -> float:
+        return 2 * self.temperature * 2 * super().chance_loss(global_batch)
 
     def count_negatives(self, global_batch: int) -> int:
         return global_batch - 1

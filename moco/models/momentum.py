@@ -14,13 +14,24 @@ def init_key_encoder_(key: nn.Module, query: nn.Module) -> None:
 
 
 @torch.no_grad()
-def ema_update_(key: nn.Module, query: nn.Module, momentum: float) -> None:
+def ema_update_(key: nn.Module, query: nn.Module, momentum: float, *, fused: bool = False) -> None:
     """key <- momentum * key + (1 - momentum) * query, over parameters only.
 
     Batch-norm buffers are not averaged: the key encoder keeps its own statistics. The two
     products are rounded before the sum, as in the reference, so results are bitwise equal to it.
     A frozen parameter is equal in both encoders and left alone, or rounding would move it.
+
+    Args:
+        fused: one pass over the weights, key + (1 - momentum) * (query - key), instead of three.
+            It rounds otherwise, and less.
     """
-    for param_k, param_q in zip(key.parameters(), query.parameters(), strict=True):
-        if param_q.requires_grad:
-            param_k.mul_(momentum).add_(param_q * (1.0 - momentum))
+    pairs = zip(key.parameters(), query.parameters(), strict=True)
+    pairs = [(param_k, param_q) for param_k, param_q in pairs if param_q.requires_grad]
+    if not pairs:
+        return
+    keys, queries = map(list, zip(*pairs, strict=True))
+    if fused:
+        torch._foreach_lerp_(keys, queries, 1.0 - momentum)
+        return
+    torch._foreach_mul_(keys, momentum)
+    torch._foreach_add_(keys, torch._foreach_mul(queries, 1.0 - momentum))

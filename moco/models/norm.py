@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from moco.distributed import all_gather_with_gradient, world_size
 from moco.errors import ConfigError
+from moco.models import kernels
 
 
 def choose_norm(norm: str, bn_splits: int) -> Callable[[int], nn.Module]:
@@ -32,6 +34,28 @@ def choose_norm(norm: str, bn_splits: int) -> Callable[[int], nn.Module]:
     return nn.BatchNorm2d
 
 
+def norm_relu(
+    norm: nn.Module,
+    x_BCHW: torch.Tensor,
+    shortcut_BCHW: torch.Tensor | None = None,
+    *,
+    relu: bool = True,
+) -> torch.Tensor:
+    """relu(norm(x) + shortcut): what follows a convolution of a residual network.
+
+    In one pass over the memory where `kernels.use_kernels_` said so; x may be overwritten.
+    """
+    if norm.training and getattr(norm, "compiled", False):
+        groups = norm.groups_of(len(x_BCHW)) if isinstance(norm, SplitBatchNorm2d) else 1
+        return kernels.norm_relu(
+            norm, x_BCHW, groups=groups, relu=relu, shortcut_BCHW=shortcut_BCHW
+        )
+    y_BCHW = norm(x_BCHW)
+    if shortcut_BCHW is not None:
+        y_BCHW += shortcut_BCHW
+    return F.relu(y_BCHW, inplace=True) if relu else y_BCHW
+
+
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that normalises `num_splits` groups of the batch separately.
 
@@ -44,20 +68,27 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features)
         self.num_splits = num_splits
 
+    def groups_of(self, batch: int) -> int:
+        """Groups of a batch of that many images. Raises: ConfigError where they do not divide."""
+        if batch % self.num_splits:
+            raise ConfigError(
+                f"MODEL.BN_SPLITS {self.num_splits} does not divide the {batch} images of a "
+                "process; choose a divisor"
+            )
+        return self.num_splits
+
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x_BCHW)
         batch, channels, height, width = x_BCHW.shape
-        splits = self.num_splits
-        if batch % splits:
-            raise ConfigError(
-                f"MODEL.BN_SPLITS {splits} does not divide the {batch} images of a process; "
-                "choose a divisor"
-            )
+        splits = self.groups_of(batch)
+        memory_format = _memory_format(x_BCHW)
         self.num_batches_tracked += 1
         mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
+        # Groups become channels. Channels-last this is a copy, back again another.
+        groups = x_BCHW.reshape(batch // splits, splits * channels, height, width)
         y = nn.functional.batch_norm(
-            x_BCHW.reshape(batch // splits, splits * channels, height, width),
+            groups.contiguous(memory_format=memory_format),
             mean,
             var,
             self.weight.repeat(splits),
@@ -69,7 +100,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             self.running_mean.copy_(mean.view(splits, channels).mean(0))
             self.running_var.copy_(var.view(splits, channels).mean(0))
-        return y.reshape(batch, channels, height, width)
+        y_BCHW = y.reshape(batch, channels, height, width)
+        return y_BCHW.contiguous(memory_format=memory_format)
+
+
+def _memory_format(x_BCHW: torch.Tensor) -> torch.memory_format:
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    plain = x_BCHW.is_contiguous()
+    return torch.channels_last if channels_last and not plain else torch.contiguous_format
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

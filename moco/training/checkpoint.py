@@ -1,19 +1,23 @@
 """Checkpoint files: written atomically with a manifest, read without running code.
 
 A file counts as a checkpoint only once its manifest verifies, and the manifest is written last.
-So whatever moment a process dies at, the newest verified checkpoint is whole.
+So whatever moment a process dies at, the newest verified checkpoint is whole. Which of them are
+kept is in `retention.py`.
 The layout of the pretraining checkpoint is the reference's (facebookresearch/moco,
 main_moco.py): `epoch`, `arch`, `state_dict`, `optimizer`; all else is under `extra`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -22,15 +26,22 @@ import torch
 
 from moco.errors import CheckpointError
 
-_EPOCH_FILE = re.compile(r"^checkpoint_(\d{4,})\.pth\.tar$")
-_STEP_FILE = re.compile(r"^checkpoint_step_(\d+)\.pth\.tar$")
+EPOCH_FILE = re.compile(r"^checkpoint_(\d{4,})\.pth\.tar$")
+STEP_FILE = re.compile(r"^checkpoint_step_(\d+)\.pth\.tar$")
 MANIFEST_SUFFIX = ".manifest.json"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(
+    path: str | os.PathLike, write: Callable[[BinaryIO], None], *, num_bytes: int | None = None
+) -> None:
     """Write a file so that `path` holds either the old or the whole new content.
 
     Temporary file in the same folder -> flush, fsync -> rename -> fsync of the folder.
+
+    Args:
+        num_bytes: about how large it becomes, for the message of a full disk.
+    Raises: CheckpointError where it cannot be written; nothing is left of it then.
     """
     path = Path(path)
     try:
@@ -48,15 +59,31 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}); free space or give another folder. "
-            "What was there before is untouched"
-        ) from error
+        raise _write_error(path, error, num_bytes) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _write_error(path: Path, error: OSError, num_bytes: int | None) -> CheckpointError:
+    reason = error.strerror
+    if error.errno in _NO_SPACE:
+        needed = "" if num_bytes is None else f"about {num_bytes} bytes are needed, "
+        reason += f"; {needed}{free_bytes(path.parent)} are free there"
+    return CheckpointError(
+        f"{path}: cannot be written ({reason}); free space or give another folder. "
+        "What was there before is untouched"
+    )
+
+
+def free_bytes(folder: str | os.PathLike) -> int:
+    """Bytes this user may still write where `folder` is, or where it would be made."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _umask() -> int:
@@ -97,9 +124,13 @@ def manifest_path(path: str | os.PathLike) -> Path:
 
 
 def write_manifest(path: str | os.PathLike, **fields: object) -> None:
-    """Record the size and hash of a finished file beside it, with `fields` (JSON values)."""
-    content = {"bytes": os.path.getsize(path), "sha256": sha256_of(path), **fields}
-    write_json_atomic(manifest_path(path), content)
+    """Record the size and hash of a finished file beside it, with `fields` (JSON values).
+
+    Where `fields` give `bytes` and `sha256`, known from writing, the file is not read again.
+    """
+    if "sha256" not in fields:
+        fields = {"bytes": os.path.getsize(path), "sha256": sha256_of(path), **fields}
+    write_json_atomic(manifest_path(path), fields)
 
 
 def verify_manifest(path: str | os.PathLike) -> dict:
@@ -114,12 +145,28 @@ def verify_manifest(path: str | os.PathLike) -> dict:
     manifest = read_json(manifest_path(path))
     if not isinstance(manifest, dict) or not {"bytes", "sha256"} <= manifest.keys():
         raise CheckpointError(f"{manifest_path(path)}: lacks 'bytes' and 'sha256'")
-    size = os.path.getsize(path)
-    if size != manifest["bytes"]:
-        raise CheckpointError(f"{path}: has {size} bytes, its manifest says {manifest['bytes']}")
-    if sha256_of(path) != manifest["sha256"]:
-        raise CheckpointError(f"{path}: its SHA-256 differs from its manifest's; it was altered")
+    try:
+        size = os.path.getsize(path)
+        if size != manifest["bytes"]:
+            raise CheckpointError(
+                f"{path}: has {size} bytes, its manifest says {manifest['bytes']}"
+            )
+        if sha256_of(path) != manifest["sha256"]:
+            raise CheckpointError(
+                f"{path}: its SHA-256 differs from its manifest's; it was altered"
+            )
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return manifest
+
+
+def step_in_manifest(path: str | os.PathLike) -> int | None:
+    """Steps a checkpoint stands for, unverified; None where its manifest is missing or damaged."""
+    try:
+        step = read_json(manifest_path(path))["step"]
+    except (CheckpointError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def read_torch_file(path: str | os.PathLike) -> object:
@@ -129,22 +176,90 @@ def read_torch_file(path: str | os.PathLike) -> object:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: there is no such file; give the path of a checkpoint file")
+    refuse_compressed(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "it holds objects other than tensors and plain values"
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            first = f" (first: {found.group(1)})" if found else ""
+            reason = f"it holds objects other than tensors and plain values{first}"
         else:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise CheckpointError(f"{path}: is not a readable checkpoint, {reason}") from error
 
 
+def refuse_compressed(path: str | os.PathLike) -> None:
+    """Raise CheckpointError for an archive with compressed entries.
+
+    torch.save never compresses; torch.load would unpack half a megabyte to gigabytes.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [e.filename for e in archive.infolist() if e.compress_type]
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: is a damaged archive ({error})") from error
+    if packed:
+        raise CheckpointError(
+            f"{path}: its entry {packed[0][:80]!r} is compressed, which torch.save never does; "
+            "write it again with torch.save"
+        )
+
+
+class _Sink:
+    """What torch.save writes into: counts and hashes on the way, so nothing is read again."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+        self.num_bytes, self.sha = 0, hashlib.sha256()
+
+    def write(self, data) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(path: str | os.PathLike, content: dict, **manifest_fields: object) -> None:
-    """Write a checkpoint atomically, then its manifest."""
-    # A stale manifest must never vouch for a new file of the same name.
-    manifest_path(path).unlink(missing_ok=True)
-    write_atomic(path, lambda file: torch.save(content, file))
-    write_manifest(path, **manifest_fields)
+    """Write a checkpoint atomically, then its manifest.
+
+    Until both are there an older file of that name, with its manifest, either still verifies or,
+    its manifest being of another hash, does not: a manifest never vouches for the wrong file.
+    """
+    found = {}
+
+    def write(file: BinaryIO) -> None:
+        sink = _Sink(file)
+        try:
+            torch.save(content, sink)
+        except RuntimeError as error:
+            if sink.error is None:
+                raise
+            # torch reports a failed write as an archive whose positions do not match.
+            raise sink.error from error
+        found.update(bytes=sink.num_bytes, sha256=sink.sha.hexdigest())
+
+    write_atomic(path, write, num_bytes=tensor_bytes(content))
+    write_manifest(path, **found, **manifest_fields)
+
+
+def tensor_bytes(content: object) -> int:
+    """Bytes of all tensors in nested dicts and lists: nearly all of what a file of them takes."""
+    if torch.is_tensor(content):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        return sum(map(tensor_bytes, content.values()))
+    return sum(map(tensor_bytes, content)) if isinstance(content, list | tuple) else 0
 
 
 def checkpoint_files(run_dir: str | os.PathLike) -> list[Path]:
@@ -152,7 +267,7 @@ def checkpoint_files(run_dir: str | os.PathLike) -> list[Path]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         return []
-    return [p for p in run_dir.iterdir() if _EPOCH_FILE.match(p.name) or _STEP_FILE.match(p.name)]
+    return [p for p in run_dir.iterdir() if EPOCH_FILE.match(p.name) or STEP_FILE.match(p.name)]
 
 
 def latest_verified(
@@ -166,14 +281,11 @@ def latest_verified(
     refused: list[tuple[Path, str]] = []
     candidates: list[tuple[int, Path]] = []
     for path in checkpoint_files(run_dir):
-        try:
-            step = read_json(manifest_path(path))["step"] if manifest_path(path).exists() else None
-        except (CheckpointError, KeyError, TypeError):
-            step = None
+        step = step_in_manifest(path)
         if step is None:
             refused.append((path, f"{path}: has no readable manifest"))
         else:
-            candidates.append((int(step), path))
+            candidates.append((step, path))
     for _, path in sorted(candidates, reverse=True):
         try:
             return path, verify_manifest(path), refused
@@ -183,32 +295,6 @@ def latest_verified(
 
 
 def remove_checkpoint(path: str | os.PathLike) -> None:
-    """Remove a checkpoint; its manifest goes first, so a half-removed one never verifies."""
-    manifest_path(path).unlink(missing_ok=True)
+    """Remove a checkpoint and then its manifest: a kill between leaves a manifest of nothing."""
     Path(path).unlink(missing_ok=True)
-
-
-def prune(run_dir: str | os.PathLike, *, keep_last: int, milestone: int) -> None:
-    """Keep the newest `keep_last` checkpoints and those at multiples of `milestone` steps.
-
-    Checkpoints written at a stop (`checkpoint_step_*`) go as soon as a newer one exists. The
-    newest verified one is never removed.
-
-    Args:
-        milestone: in steps; 0 keeps none for good.
-    """
-    newest, manifest, _ = latest_verified(run_dir)
-    if newest is None:
-        return
-    steps = {}
-    for path in checkpoint_files(run_dir):
-        if manifest_path(path).exists():
-            steps[path] = int(read_json(manifest_path(path))["step"])
-    epochs = [p for p in sorted(steps, key=steps.get, reverse=True) if _EPOCH_FILE.match(p.name)]
-    for path, step in steps.items():
-        if path == newest or step >= manifest["step"]:
-            continue
-        at_stop = bool(_STEP_FILE.match(path.name))
-        is_milestone = not at_stop and milestone and step % milestone == 0
-        if at_stop or (path not in epochs[:keep_last] and not is_milestone):
-            remove_checkpoint(path)
+    manifest_path(path).unlink(missing_ok=True)

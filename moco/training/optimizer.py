@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -17,6 +18,8 @@ class LARS(torch.optim.Optimizer):
     The update d of a tensor w (its gradient + weight_decay * w) becomes trust * |w| / |d| * d
     before it enters the momentum; d stays as it is where a norm is zero. Biases and batch norm's
     parameters, all of one dimension, are neither decayed nor scaled, as SimCLR and BYOL do.
+    As torch's fused optimizers do, it leaves out an update where its attribute `found_inf`, a
+    scalar on the device, is 1.
 
     Args:
         parameters: tensors that may lack a gradient; those are left alone.
@@ -34,6 +37,7 @@ class LARS(torch.optim.Optimizer):
     ):
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
         super().__init__(parameters, options)
+        self._step_supports_amp_scaling = True  # torch's name for: `found_inf` is obeyed
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -54,8 +58,15 @@ class LARS(torch.optim.Optimizer):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        weight.sub_(state["momentum_buffer"], alpha=group["lr"])
+        buffer, found_inf = state["momentum_buffer"], getattr(self, "found_inf", None)
+        if found_inf is not None:
+            skip = found_inf.bool()
+            moved = torch.where(skip, buffer, buffer.mul(group["momentum"]).add_(update))
+            weight.copy_(torch.where(skip, weight, weight.sub(moved, alpha=group["lr"])))
+            buffer.copy_(moved)
+            return
+        buffer.mul_(group["momentum"]).add_(update)
+        weight.sub_(buffer, alpha=group["lr"])
 
 
 def build_optimizer(cfg: CfgNode, method: torch.nn.Module) -> torch.optim.Optimizer:
@@ -67,9 +78,21 @@ def build_optimizer(cfg: CfgNode, method: torch.nn.Module) -> torch.optim.Optimi
     exchanged with it; they have no gradient and are never stepped.
     """
     train, parameters = cfg.TRAIN, method.parameters()
+    if train.OPTIMIZER == "lars":
+        return LARS(
+            parameters, lr=train.LR, momentum=train.SGD_MOMENTUM, weight_decay=train.WEIGHT_DECAY
+        )
+    options = {"lr": train.LR, "weight_decay": train.WEIGHT_DECAY}
+    options["fused"] = None if train.REFERENCE else True  # torch's default, or one pass
     if train.OPTIMIZER == "adamw":
-        return torch.optim.AdamW(parameters, lr=train.LR, weight_decay=train.WEIGHT_DECAY)
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[train.OPTIMIZER]
-    return kind(
-        parameters, lr=train.LR, momentum=train.SGD_MOMENTUM, weight_decay=train.WEIGHT_DECAY
-    )
+        optimizer = torch.optim.AdamW(parameters, **options)
+    else:
+        optimizer = torch.optim.SGD(parameters, momentum=train.SGD_MOMENTUM, **options)
+    # A state brings the choice of the process that saved it.
+    optimizer.register_load_state_dict_post_hook(functools.partial(_set_fused, options["fused"]))
+    return optimizer
+
+
+def _set_fused(fused: bool | None, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = fused, None

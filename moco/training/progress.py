@@ -5,18 +5,32 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
 
+from moco.errors import CheckpointError
+from moco.training.checkpoint import write_text_atomic
+
 _QUIET_SECONDS = 60.0  # between lines when the output is not a terminal
+# What a line shows of the metrics, and how; the logs have all of them.
+_SHOWN = {
+    "acc1": "acc1 {:.1f}",
+    "loss_over_chance": "loss/chance {:.3f}",
+    "feature_std": "std {:.2f}",
+    "gradient_norm": "grad {:.3g}",
+}
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known after a step. `step` counts finished steps; rates are over all processes."""
+    """What is known after a step. `step` counts finished steps; rates are over all processes.
+
+    metrics: of rank 0's images. warnings: lines about the run's health, each given once.
+    """
 
     step: int
     total_steps: int
@@ -27,6 +41,7 @@ class StepRecord:
     images_per_s: float
     eta_s: float
     metrics: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,8 @@ class ConsoleProgress:
 
     def on_step(self, record: StepRecord) -> None:
         now = time.monotonic()
+        for line in record.warnings:
+            self._print(f"warning: step {record.step}: {line}")
         if self.bar is not None:
             self.bar.update(record.step - self.bar.n)
             self.bar.set_postfix_str(
@@ -69,7 +86,11 @@ class ConsoleProgress:
             )
         elif now - self.last_line >= _QUIET_SECONDS or record.step == record.total_steps:
             self.last_line = now
-            metrics = "".join(f" {k} {v:.1f}" for k, v in record.metrics.items())
+            metrics = "".join(
+                f" {text.format(record.metrics[name])}"
+                for name, text in _SHOWN.items()
+                if name in record.metrics
+            )
             self._print(
                 f"step {record.step}/{record.total_steps} epoch {record.epoch + 1}/"
                 f"{record.num_epochs} loss {record.loss:.3f} lr {record.lr:.4g}{metrics} "
@@ -110,11 +131,18 @@ class JsonLog:
 
     def _write(self, kind: str, record: StepRecord | EpochRecord) -> None:
         line = {"kind": kind, "time": round(time.time(), 3), **asdict(record)}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.file.name}: cannot be written ({error.strerror}); free space, then start "
+                "the same command with --resume"
+            ) from error
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # said by the write that failed; closing tries it once more
+            self.file.close()
 
 
 class TensorBoardLog:
@@ -158,4 +186,4 @@ def _drop_after(path: Path, first_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # a process killed while writing leaves one cut line, whose step is redone
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text_atomic(path, "".join(f"{line}\n" for line in kept))

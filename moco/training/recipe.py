@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from moco.cfgnode import CfgNode
 from moco.methods import Method, build_method
-from moco.training.batch import WHOLE_BATCH_WARNING, sees_whole_batch
+from moco.training.batch import WHOLE_BATCH_WARNING, images_per_forward, sees_whole_batch
 
 # Published base rates at a batch of 256: SGD of MoCo v1 and v2 (arXiv 1911.05722, section 4;
 # 2003.04297, section 3), LARS and AdamW of v3 (2104.02057, sections 4 and 5).
@@ -29,8 +29,9 @@ class Memory:
     """Estimated bytes of one process, without the framework's own (CUDA context, caches).
 
     weights: parameters and buffers, the queue among them; gradients; optimizer: its state;
-    activations: what backward keeps for one step; inputs: both views; logits: the similarities
-    with their gradient.
+    activations: what backward keeps of one micro-batch (without accumulation all images of the
+    process); inputs: both views of all images; logits: a micro-batch's similarities with their
+    gradient.
     """
 
     weights: int
@@ -66,13 +67,14 @@ def resolve_recipe(cfg: CfgNode, *, num_images: int, world_size: int) -> Recipe:
         num_images: of the data set; world_size: processes, one a GPU.
     """
     train = cfg.TRAIN
-    per_process = train.BATCH_SIZE // world_size
+    per_process, parts = train.BATCH_SIZE // world_size, train.ACCUMULATION_STEPS
+    micro = f"{parts} micro-batches x {per_process // parts}" if parts > 1 else f"{per_process}"
     steps = num_images // train.BATCH_SIZE
     with torch.device("meta"):
         method = build_method(cfg, num_images)
     memory = estimate_memory(cfg, method, per_process)
     lines = (
-        f"batch: {train.BATCH_SIZE} images = {world_size} process(es) x {per_process}; "
+        f"batch: {train.BATCH_SIZE} images = {world_size} process(es) x {micro}; "
         f"{steps} steps an epoch, {train.EPOCHS} epochs, {steps * train.EPOCHS} steps",
         f"learning rate: {train.LR:g} ({train.OPTIMIZER}, {train.SCHEDULE}); the linear rule, "
         f"{_BASE_LR[train.OPTIMIZER]:g} x batch / {_BASE_BATCH}, gives {linear_lr(cfg):g}",
@@ -90,7 +92,7 @@ def linear_lr(cfg: CfgNode) -> float:
 
 
 def estimate_memory(cfg: CfgNode, method: Method, images_per_process: int) -> Memory:
-    """Bytes of one process in one step.
+    """Bytes of one process in one step; TRAIN.ACCUMULATION_STEPS divides activations and logits.
 
     Args:
         method: on the meta device, where tensors have sizes and no content. Its encoder is run
@@ -99,15 +101,17 @@ def estimate_memory(cfg: CfgNode, method: Method, images_per_process: int) -> Me
     """
     encoder = method.transfer_encoder()
     size = cfg.DATA.SIZE
-    views = torch.empty(images_per_process, 3, size, size, device="meta")
+    images = images_per_process // cfg.TRAIN.ACCUMULATION_STEPS
+    views = torch.empty(images, 3, size, size, device="meta")
     trainable = sum(_bytes(p) for p in method.parameters() if p.requires_grad)
     # Where both encoders learn, backward keeps both passes.
     num_passes = max(1, round(trainable / sum(_bytes(p) for p in encoder.parameters())))
     kept = saved_bytes(encoder, views) * num_passes // (2 if cfg.TRAIN.AMP else 1)
     weights = sum(map(_bytes, (*method.parameters(), *method.buffers())))
     moments = trainable * (2 if cfg.TRAIN.OPTIMIZER == "adamw" else 1)
-    logits = 2 * 4 * images_per_process * (1 + method.count_negatives(cfg.TRAIN.BATCH_SIZE))
-    return Memory(weights, trainable, moments, kept, 2 * _bytes(views), logits)
+    logits = 2 * 4 * images * (1 + method.count_negatives(cfg.TRAIN.BATCH_SIZE))
+    inputs = 2 * _bytes(views) * cfg.TRAIN.ACCUMULATION_STEPS
+    return Memory(weights, trainable, moments, kept, inputs, logits)
 
 
 def saved_bytes(network: nn.Module, images_BCHW: torch.Tensor) -> int:
@@ -138,7 +142,7 @@ def _norm_in_words(cfg: CfgNode, world_size: int) -> str:
 
 
 def _bn_group(cfg: CfgNode, world_size: int) -> int:
-    return cfg.TRAIN.BATCH_SIZE // world_size // cfg.MODEL.BN_SPLITS
+    return images_per_forward(cfg, world_size) // cfg.MODEL.BN_SPLITS
 
 
 def _negatives_in_words(cfg: CfgNode, method: Method, num_images: int) -> str:

@@ -1,44 +1,19 @@
-"""What a pretraining checkpoint holds, and the checks before a run continues from one."""
+"""What a pretraining checkpoint holds, and how a run continues from one."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torchvision
 
-from moco import cfgnode
-from moco.cfgnode import CfgNode
-from moco.config import DIGEST_EXCLUDE
-from moco.data.images import ImageSource
-from moco.errors import CheckpointError
+from moco.distributed import all_gather_cat
+from moco.errors import CheckpointError, DistributedError
 from moco.methods import Method
 from moco.training import checkpoint as ckpt
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What must be the same when a run continues."""
-
-    config: dict
-    config_digest: str
-    data_digest: str
-    world_size: int
-    steps_per_epoch: int
-
-    @classmethod
-    def of(cls, cfg: CfgNode, source: ImageSource, world_size: int) -> RunIdentity:
-        names = "\n".join(source.paths)
-        return cls(
-            config=cfgnode.to_dict(cfg),
-            config_digest=cfgnode.digest(cfg, DIGEST_EXCLUDE),
-            data_digest=hashlib.sha256(names.encode()).hexdigest()[:16],
-            world_size=world_size,
-            steps_per_epoch=len(source) // cfg.TRAIN.BATCH_SIZE,
-        )
+from moco.training.identity import RunIdentity
 
 
 def save(
@@ -68,11 +43,44 @@ def save(
     ckpt.save_checkpoint(path, content, step=step, config_digest=identity.config_digest)
 
 
+def find_checkpoint(
+    run_dir: Path, resume: bool, resume_from: str | None, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to continue from; None to start afresh.
+
+    Args: as of `Trainer`. `say` receives why files were refused.
+    Raises: CheckpointError where the folder holds a run and it is not to be resumed.
+    """
+    found = ckpt.checkpoint_files(run_dir)
+    if found and not resume:
+        raise CheckpointError(
+            f"{run_dir}: already holds {len(found)} checkpoints of a run; add --resume to continue "
+            "it, or give another --output-dir"
+        )
+    path, _, refused = ckpt.latest_verified(run_dir)
+    for _, reason in refused:
+        say(f"refused: {reason}")
+    if path is None and resume_from:
+        return Path(resume_from)
+    if path is None and resume:
+        say(f"--resume: {run_dir} holds no verified checkpoint, starting afresh")
+    return path
+
+
 def restore(
-    path: Path, *, method: Method, optimizer: torch.optim.Optimizer, identity: RunIdentity
+    path: Path,
+    *,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    identity: RunIdentity,
+    elastic: bool = False,
+    say: Callable[[str], None] = print,
 ) -> int:
     """Load a checkpoint of ours or of the reference. Returns the number of finished steps.
 
+    Args:
+        elastic: allow another number of processes, see `RunIdentity.check`.
+        say: receives a line for what differs and is allowed to.
     Raises: CheckpointError where names, shapes, configuration, data or world size differ.
     """
     content = ckpt.read_torch_file(path)
@@ -83,7 +91,9 @@ def restore(
         )
     extra = content.get("extra")
     if extra is not None:
-        _check_identity(path, extra, identity)
+        _check_extra(path, extra)
+        for line in identity.check(path, extra, elastic=elastic) + _changed_versions(path, extra):
+            say(line)
     state = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
     _check_state(path, state, method.state_dict())
     method.load_state_dict(state)
@@ -105,29 +115,40 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_identity(path: Path, extra: dict, identity: RunIdentity) -> None:
-    if extra["config_digest"] != identity.config_digest:
-        old, new = cfgnode.flatten(extra["config"]), cfgnode.flatten(identity.config)
-        excluded = tuple(f"{key}." for key in DIGEST_EXCLUDE)
-        changed = [
-            f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not f"{key}.".startswith(excluded)
-        ]
+def _check_extra(path: Path, extra: object) -> None:
+    needed = {"config": dict, "data_digest": str, "step": int, "versions": dict, "world_size": int}
+    given = extra if isinstance(extra, dict) else {}
+    missing = [name for name, kind in needed.items() if not isinstance(given.get(name), kind)]
+    if missing:
         raise CheckpointError(
-            f"{path}: was made with another configuration ({'; '.join(changed)}); restore these "
-            "keys, or give another --output-dir"
+            f"{path}: its 'extra' lacks a valid {', '.join(missing)}; give a file that this "
+            "project wrote, or one without 'extra'"
         )
-    if extra["data_digest"] != identity.data_digest:
-        raise CheckpointError(
-            f"{path}: was made on another set of images (digest {extra['data_digest']}, now "
-            f"{identity.data_digest}); give the same --data, or another --output-dir"
+
+
+def _changed_versions(path: Path, extra: dict) -> list[str]:
+    before, now = extra["versions"], versions()
+    changed = [f"{n} {before[n]}, now {v}" for n, v in now.items() if before.get(n, v) != v]
+    if not changed:
+        return []
+    return [f"warning: {path}: was made with {'; '.join(changed)}; its last digits may differ"]
+
+
+def agree_on_step(step: int, output_dir: Path, device: torch.device) -> None:
+    """Raise DistributedError on all processes where they would continue at different steps."""
+    steps = all_gather_cat(torch.tensor([step], device=device)).tolist()
+    if len(set(steps)) > 1:
+        raise DistributedError(
+            f"{output_dir}: processes would continue at different steps (by rank: {steps}); every "
+            "machine must see the same folder, so put --output-dir on a shared file system"
         )
-    if extra["world_size"] != identity.world_size:
-        raise CheckpointError(
-            f"{path}: was made with {extra['world_size']} processes, now there are "
-            f"{identity.world_size}; start the same number to continue exactly"
-        )
+
+
+def checkpoint_bytes(method: Method, optimizer: torch.optim.Optimizer) -> int:
+    """About how large a checkpoint is once the optimizer has its moments."""
+    moments = 2 if "betas" in optimizer.defaults else 1
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    return ckpt.tensor_bytes(method.state_dict()) + moments * ckpt.tensor_bytes(trainable)
 
 
 def _check_state(path: Path, given: dict, needed: dict) -> None:

@@ -2,83 +2,135 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from moco.cfgnode import CfgNode
-from moco.data.augment import normalize
-from moco.distributed import ProcessInfo, world_size
-from moco.errors import NonFiniteError
-from moco.methods import Method
+from moco.data.augment import to_inputs
+from moco.distributed import ProcessInfo
+from moco.methods import Method, StepOutput
 from moco.seeding import torch_generator
+from moco.training.guard import Evidence, StepGuard
+from moco.training.nonfinite import NonFiniteReport
+
+Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss and metrics of this process (detached), and whether a process was asked to stop."""
+    """loss and metrics of this process (detached); no metrics where none were asked for."""
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
-    stop_requested: bool
 
 
 def train_step(
     model: nn.Module,
     method: Method,
     optimizer: torch.optim.Optimizer,
-    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    batch: Sequence[torch.Tensor],
     *,
     step: int,
     lr: float,
     momentum: float,
     cfg: CfgNode,
     process: ProcessInfo,
+    guard: StepGuard | None = None,
     stop_requested: bool = False,
+    measure: bool = True,
 ) -> StepResult:
-    """Forward, backward, update, and only then the method's own state (its queue).
+    """Forward and backward of each micro-batch, update, and only then the method's own state.
 
     Args:
         model: `method`, or its DistributedDataParallel wrapper.
-        batch: (view_q, view_k, index), uint8 [B, 3, H, W] twice and int64 [B].
+        batch: of this process's images, as its loader gives it (`to_inputs`).
         step: number of the step, from 0; with the seed it determines the step's draws.
         lr, momentum: of the optimizer and of the key encoder in this step.
-        stop_requested: whether this process received a signal; shared with all others.
-    Raises: NonFiniteError on all processes, before any update, where the loss of one is NaN or Inf.
+        guard: of the run; None makes one that reads this step's findings at once.
+        stop_requested: whether this process received a signal; `guard` shares it with all others.
+        measure: compute the metrics, and read the guard's findings at once.
+    Raises: NonFiniteError on all processes, before any update, where one finds NaN or Inf.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    view_q, view_k, index = (t.to(process.device, non_blocking=True) for t in batch)
-    view_q, view_k = (_to_input(view, cfg) for view in (view_q, view_k))
+    if guard is None:
+        guard = StepGuard(process, NonFiniteReport(method, process))
+    view_q, view_k, index = to_inputs(batch, cfg, process.device)
     generator = torch_generator(cfg.SEED, "method-step", step)
-    with torch.autocast(process.device.type, dtype=torch.bfloat16, enabled=cfg.TRAIN.AMP):
-        output = model(view_q, view_k, index, momentum=momentum, generator=generator)
+    with _autocast(cfg, process.device):
+        parts = method.prepare(
+            view_q, view_k, momentum=momentum, generator=generator,
+            num_parts=cfg.TRAIN.ACCUMULATION_STEPS,
+        )  # fmt: skip
     optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
-    loss = output.loss.detach()
-    not_finite, stop = _agree(~torch.isfinite(loss), stop_requested, process.device)
-    if not_finite:
-        raise NonFiniteError(
-            f"step {step}: the loss is not finite (rank {process.rank}: loss={loss.item()}, "
-            f"lr={lr:.6g}); nothing was updated with it. Lower TRAIN.LR, or look at the images of "
-            f"this step: {index.tolist()[:8]} ..."
-        )
+    output = _accumulate(model, (view_q, view_k, index), parts, cfg, measure)
+    norm = gradient_norm(method)
+
+    def redo() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        inputs = to_inputs(batch, cfg, process.device)
+        _accumulate(model, inputs, parts, cfg, measure=False, share=False)
+
+    evidence = Evidence(step, lr, output.loss, output.keys_VBD, index, redo)
+    skip = guard.check(evidence, norm, stop=stop_requested, wait=measure)
+    # torch's fused optimizers leave out their update where this is 1, without a word to the host.
+    optimizer.found_inf = None if skip is None else skip.float()
     optimizer.step()
-    method.after_step(output, index)
-    return StepResult(loss, output.metrics, stop)
+    method.after_step(output, index, skip)
+    metrics = {**output.metrics, "gradient_norm": norm} if measure else {}
+    return StepResult(output.loss, metrics)
 
 
-def _to_input(images_uint8: torch.Tensor, cfg: CfgNode) -> torch.Tensor:
-    images = normalize(images_uint8, cfg.DATA.MEAN, cfg.DATA.STD)
-    return images.to(memory_format=torch.channels_last) if cfg.TRAIN.CHANNELS_LAST else images
+def gradient_norm(method: nn.Module) -> torch.Tensor:
+    """L2 norm of all gradients together, a scalar on their device; NaN or Inf if one of them is."""
+    gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
 
 
-def _agree(not_finite: torch.Tensor, stop: bool, device: torch.device) -> tuple[bool, bool]:
-    """Both flags, true everywhere as soon as one process has them: all stop at the same step."""
-    flags = torch.stack([not_finite, torch.tensor(stop, device=device)]).to(torch.uint8)
-    if world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    not_finite, stop = flags.tolist()
-    return bool(not_finite), bool(stop)
+def _accumulate(
+    model: nn.Module,
+    images: Images,
+    parts: Sequence[Any],
+    cfg: CfgNode,
+    measure: bool,
+    share: bool = True,
+) -> StepOutput:
+    """The mean of the micro-batches' losses, its gradient, shared with the last one's backward.
+
+    Args:
+        images: views and numbers of this process's images; parts: what `Method.prepare` gave.
+        share: whether processes average their gradients.
+    """
+    num_parts, outputs = len(parts), []
+    micro_batches = zip(*(t.chunk(num_parts) for t in images), parts, strict=True)
+    for number, (view_q, view_k, index, part) in enumerate(micro_batches):
+        alone = not share or number + 1 < num_parts
+        with model.no_sync() if alone and hasattr(model, "no_sync") else contextlib.nullcontext():
+            with _autocast(cfg, view_q.device):
+                output = model(view_q, view_k, index, part=part, measure=measure)
+            (output.loss / num_parts).backward()
+        output.loss = output.loss.detach()
+        outputs.append(output)
+    return _joined(outputs)
+
+
+def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
+    """Means of the micro-batches' losses and metrics, and all their keys."""
+    num, keys = len(outputs), [output.keys_VBD for output in outputs]
+    return StepOutput(
+        loss=sum(output.loss for output in outputs) / num,
+        metrics={
+            name: sum(output.metrics[name] for output in outputs) / num
+            for name in outputs[0].metrics
+        },
+        keys_VBD=None if keys[0] is None else torch.cat(keys, dim=1),
+    )
+
+
+def _autocast(cfg: CfgNode, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.TRAIN.AMP)

@@ -12,19 +12,22 @@ import torch.nn as nn
 
 from moco import distributed
 from moco.cfgnode import CfgNode
-from moco.config import OWN_VALUE
-from moco.data.augment import build_view_recipes
 from moco.data.images import ImageSource
-from moco.data.loader import build_pretrain_loader
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, dead_worker_as_data_error
+from moco.errors import dead_worker_as_data_error
+from moco.lost_rank import lost_rank_as_error
 from moco.methods import Method, build_method
 from moco.seeding import derive_seed
-from moco.training import checkpoint as ckpt
-from moco.training import state
-from moco.training.batch import check_batch
+from moco.training import acceleration, state
+from moco.training.agreement import check_ranks, check_same_job, say_that_ranks_agree
+from moco.training.batch import build_loader, check_batch
+from moco.training.guard import StepGuard, skips_updates
+from moco.training.health import Health
+from moco.training.nonfinite import NonFiniteReport, check_state_is_finite
 from moco.training.optimizer import build_optimizer
+from moco.training.prefetch import ahead_on_device
 from moco.training.progress import EpochRecord, Observer, StepRecord
+from moco.training.retention import Retention
 from moco.training.schedule import step_values
 from moco.training.signals import caught_signals
 from moco.training.step import train_step
@@ -41,6 +44,7 @@ class Trainer:
         resume: continue from the newest verified checkpoint in `output_dir`, or start afresh where
             there is none. Without it a folder that holds a checkpoint is refused.
         resume_from: where `output_dir` holds no checkpoint, continue from this file.
+        elastic: continue with another number of processes than the checkpoint's.
     Raises: ConfigError, CheckpointError before any image is read.
     """
 
@@ -53,28 +57,47 @@ class Trainer:
         *,
         resume: bool = False,
         resume_from: str | None = None,
+        elastic: bool = False,
         say: Callable[[str], None] = print,
     ):
+        cfg = acceleration.resolve(cfg, process.device).cfg
         self.cfg, self.source, self.process, self.say = cfg, source, process, say
         self.output_dir = output_dir
         check_batch(cfg, source, process.world_size)
         self.identity = state.RunIdentity.of(cfg, source, process.world_size)
+        check_same_job(self.identity)
         self.steps_per_epoch = self.identity.steps_per_epoch
         self.total_steps = cfg.TRAIN.EPOCHS * self.steps_per_epoch
-        checkpoint = self._find_checkpoint(resume, resume_from)
+        checkpoint = state.find_checkpoint(output_dir, resume, resume_from, say)
         torch.manual_seed(derive_seed(cfg.SEED, "init"))
         self.method: Method = build_method(cfg, len(source)).to(process.device)
-        if cfg.TRAIN.CHANNELS_LAST:
-            self.method.to(memory_format=torch.channels_last)
+        acceleration.accelerate_(self.method, cfg)
         self.optimizer = build_optimizer(cfg, self.method)
         self.first_step = 0
         if checkpoint is not None:
             self.first_step = state.restore(
-                checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity
-            )
+                checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
+                elastic=elastic, say=say,
+            )  # fmt: skip
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
         if self.first_step >= self.total_steps:
             say("this run is finished; nothing is left to do")
+        state.agree_on_step(self.first_step, output_dir, process.device)
+        self.retention = Retention(
+            output_dir,
+            keep_last=cfg.CHECKPOINT.KEEP_LAST,
+            milestone=cfg.CHECKPOINT.MILESTONE * self.steps_per_epoch,
+        )
+        distributed.on_main(self._prepare_folder)
+        self.health = Health(
+            self.method,
+            global_batch=cfg.TRAIN.BATCH_SIZE,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        report = NonFiniteReport(
+            self.method, process, source=source, output_dir=output_dir, identity=self.identity
+        )
+        self.guard = StepGuard(process, report, delayed=skips_updates(self.optimizer, process))
         self.model: nn.Module = self.method
         if process.world_size > 1:
             distributed.broadcast_state(self.method)
@@ -85,7 +108,12 @@ class Trainer:
 
         Returns: 0 when finished; 128 + the signal's number when stopped, with a checkpoint saved.
         """
-        with caught_signals() as received, dead_worker_as_data_error("DATA.NUM_WORKERS"):
+        self.last_step = self.saved_step = self.first_step
+        with (
+            caught_signals() as received,
+            dead_worker_as_data_error("DATA.NUM_WORKERS"),
+            lost_rank_as_error(lambda: f"step {self.last_step}"),
+        ):
             stopped = self._run(observers, evaluate, received)
         if not stopped:
             return 0
@@ -97,53 +125,64 @@ class Trainer:
 
     def _run(self, observers, evaluate, received) -> bool:
         cfg = self.cfg
-        loader = self._build_loader()
-        self.last_step = self.saved_step = self.first_step
+        loader = build_loader(
+            cfg, self.source, self.process, first_step=self.first_step, last_step=self.total_steps,
+            output_dir=self.output_dir,
+        )  # fmt: skip
         if self.first_step == 0:
             self._end_epoch(observers, evaluate)
         started, done = time.monotonic(), self.first_step
-        for step, batch in enumerate(loader, start=self.first_step):
-            epoch = step // self.steps_per_epoch
+        batches = ahead_on_device(loader, self.process.device)
+        for step, batch in enumerate(batches, start=self.first_step):
             lr, momentum = step_values(cfg, step, self.steps_per_epoch)
+            is_logged = (step + 1) % cfg.LOG.PERIOD == 0 or step + 1 == self.total_steps
             self.method.train()
             result = train_step(
                 self.model, self.method, self.optimizer, batch,
                 step=step, lr=lr, momentum=momentum, cfg=cfg, process=self.process,
-                stop_requested=bool(received),
+                guard=self.guard, stop_requested=bool(received), measure=is_logged,
             )  # fmt: skip
             self.last_step = step + 1
-            if self.last_step % cfg.LOG.PERIOD == 0 or self.last_step == self.total_steps:
-                rate = (self.last_step - done) / (time.monotonic() - started)
-                record = self._step_record(epoch, lr, result, rate)
+            if self.last_step % (cfg.TRAIN.RANK_CHECK_PERIOD or self.total_steps) == 0:
+                check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
+            if is_logged:
+                record = self._step_record(lr, result, done, started)
                 for observer in observers:
                     observer.on_step(record)
                 started, done = time.monotonic(), self.last_step
             if self.last_step % self.steps_per_epoch == 0:
                 self._end_epoch(observers, evaluate)
                 started, done = time.monotonic(), self.last_step
-            if result.stop_requested and self.last_step < self.total_steps:
+            if self.guard.stop_requested and self.last_step < self.total_steps:
                 if self.saved_step != self.last_step:
                     self._save(milestone=False)
                 return True
         return False
 
-    def _step_record(self, epoch, lr, result, steps_per_s) -> StepRecord:
+    def _step_record(self, lr, result, done, started) -> StepRecord:
+        step, loss = self.last_step - 1, result.loss.item()
+        measured = {name: value.item() for name, value in result.metrics.items()}
+        metrics = self.health.figures(step, loss, measured)
+        # Only now has a GPU done what it was given.
+        steps_per_s = (self.last_step - done) / (time.monotonic() - started)
         return StepRecord(
             step=self.last_step,
             total_steps=self.total_steps,
-            epoch=epoch,
+            epoch=step // self.steps_per_epoch,
             num_epochs=self.cfg.TRAIN.EPOCHS,
-            loss=result.loss.item(),
+            loss=loss,
             lr=lr,
             images_per_s=steps_per_s * self.cfg.TRAIN.BATCH_SIZE,
             eta_s=(self.total_steps - self.last_step) / steps_per_s,
-            metrics={name: value.item() for name, value in result.metrics.items()},
+            metrics=metrics,
+            warnings=self.health.warnings(step, metrics),
         )
 
     def _end_epoch(self, observers, evaluate) -> None:
         """Evaluate and save after a whole epoch; before training only evaluate."""
         epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
-        if epoch and (epoch % self.cfg.CHECKPOINT.PERIOD == 0 or last):
+        self.guard.settle()
+        if epoch and self._is_saved(epoch):
             self._save(milestone=True)
         period, metrics = self.cfg.KNN.PERIOD, {}
         if evaluate and self.process.is_main and period and (epoch % period == 0 or last):
@@ -152,75 +191,39 @@ class Trainer:
             observer.on_epoch(EpochRecord(self.last_step, epoch, metrics))
         distributed.barrier()
 
+    def _is_saved(self, epoch: int) -> bool:
+        return epoch % self.cfg.CHECKPOINT.PERIOD == 0 or epoch == self.cfg.TRAIN.EPOCHS
+
+    def _prepare_folder(self) -> None:
+        """On rank 0: remove what a killed writer left, and see that the checkpoints will fit."""
+        self.retention.sweep()
+        epochs = range(self.first_step // self.steps_per_epoch + 1, self.cfg.TRAIN.EPOCHS + 1)
+        self.retention.check_space(
+            checkpoint_bytes=state.checkpoint_bytes(self.method, self.optimizer),
+            steps=[epoch * self.steps_per_epoch for epoch in epochs if self._is_saved(epoch)],
+        )
+
     def _save(self, *, milestone: bool) -> None:
         """Rank 0 writes the state after `last_step` steps, then removes what is no longer kept."""
         epoch = self.last_step // self.steps_per_epoch
         # The reference names the file by the number of the epoch that was finished, from 0.
         name = f"checkpoint_{epoch - 1:04d}" if milestone else f"checkpoint_step_{self.last_step}"
-        self._check_ranks()
+        self.guard.settle()
+        where = f"step {self.last_step}"
+        check_state_is_finite(self.method, self.optimizer, where, self.process)
+        check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
+        if self.last_step == self.total_steps:
+            say_that_ranks_agree(self.method, self.say)
         self.saved_step = self.last_step
-        if self.process.is_main:
-            state.save(
-                self.output_dir / f"{name}.pth.tar",
-                method=self.method,
-                optimizer=self.optimizer,
-                step=self.last_step,
-                arch=self.cfg.MODEL.ARCH,
-                identity=self.identity,
-            )
-            ckpt.prune(
-                self.output_dir,
-                keep_last=self.cfg.CHECKPOINT.KEEP_LAST,
-                milestone=self.cfg.CHECKPOINT.MILESTONE * self.steps_per_epoch,
-            )
-        distributed.barrier()
+        distributed.on_main(lambda: self._write(self.output_dir / f"{name}.pth.tar"))
 
-    def _check_ranks(self) -> None:
-        """Stop where weights or queue differ between ranks; batch-norm statistics may."""
-        world = self.process.world_size
-        shared = {
-            **dict(self.method.named_parameters()),
-            **dict(self.method.named_buffers(recurse=False)),
-        }
-        distributed.check_equal_across_ranks(shared, f"step {self.last_step}", self.process.device)
-        if world > 1 and self.last_step == self.total_steps:
-            digest = distributed.tensors_digest(shared)[:16]
-            self.say(f"all {world} processes hold the same weights and queue (sha256 {digest})")
-
-    def _build_loader(self):
-        data = self.cfg.DATA
-        blur = data.BLUR_PROBABILITY
-        recipes = build_view_recipes(
-            data.RECIPE,
-            size=data.SIZE,
-            crop_scale=data.CROP_SCALE,
-            blur_probability=None if blur == OWN_VALUE else blur,
+    def _write(self, path: Path) -> None:
+        state.save(
+            path,
+            method=self.method,
+            optimizer=self.optimizer,
+            step=self.last_step,
+            arch=self.cfg.MODEL.ARCH,
+            identity=self.identity,
         )
-        return build_pretrain_loader(
-            self.source,
-            recipes,
-            seed=self.cfg.SEED,
-            global_batch=self.cfg.TRAIN.BATCH_SIZE,
-            rank=self.process.rank,
-            world_size=self.process.world_size,
-            first_step=self.first_step,
-            last_step=self.total_steps,
-            num_workers=data.NUM_WORKERS,
-            pin_memory=self.process.device.type == "cuda",
-        )
-
-    def _find_checkpoint(self, resume: bool, resume_from: str | None) -> Path | None:
-        found = ckpt.checkpoint_files(self.output_dir)
-        if found and not resume:
-            raise CheckpointError(
-                f"{self.output_dir}: already holds {len(found)} checkpoints of a run; add "
-                "--resume to continue it, or give another --output-dir"
-            )
-        path, _, refused = ckpt.latest_verified(self.output_dir)
-        for _, reason in refused:
-            self.say(f"refused: {reason}")
-        if path is None and resume_from:
-            return Path(resume_from)
-        if path is None and resume:
-            self.say(f"--resume: {self.output_dir} holds no verified checkpoint, starting afresh")
-        return path
+        self.retention.prune(written=path)

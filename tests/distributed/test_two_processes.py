@@ -180,7 +180,7 @@ def _drift(rank, images, folder):
     )
     with torch.no_grad():  # as a flipped bit or a skipped collective would
         trainer.method.encoder_q.conv1.weight[0, 0, 0, 0] += 1e-3 * rank
-    with pytest.raises(DistributedError, match=r"step 4: ranks \[1\] differ from rank 0"):
+    with pytest.raises(DistributedError, match="step 4: .*on rank 0 .*on rank 1 .*conv1.weight"):
         trainer.train()
     return True
 
@@ -195,7 +195,7 @@ def _differ(rank):
     device = torch.device("cpu")
     distributed.check_equal_across_ranks(state, "step 1", device)
     state["x"][1] = 1e-30 * rank
-    with pytest.raises(DistributedError, match=r"step 2: ranks \[1\] differ from rank 0"):
+    with pytest.raises(DistributedError, match="step 2: .*on rank 0 .*on rank 1 .*in x"):
         distributed.check_equal_across_ranks(state, "step 2", device)
     return distributed.any_rank(rank == 1, device)
 

@@ -29,6 +29,7 @@ from moco.data.augment import normalize
 from moco.distributed import ProcessInfo, data_parallel, rank, world_size
 from moco.models.backbone import build_backbone
 from moco.seeding import derive_seed
+from moco.training.acceleration import resolve
 from moco.training.optimizer import build_optimizer
 from moco.training.schedule import learning_rate
 from moco.training.step import train_step
@@ -70,9 +71,11 @@ class MocoCase:
             "TRAIN.SCHEDULE": self.schedule,
             "TRAIN.MILESTONES": (1, 2),
             "TRAIN.LR": self.lr,
+            "TRAIN.REFERENCE": True,
         }
         words = [str(word) for pair in pairs.items() for word in pair]
-        return load_pretrain_config(None, [*words, *map(str, changes)])
+        cfg = load_pretrain_config(None, [*words, *map(str, changes)])
+        return resolve(cfg, torch.device("cpu")).cfg
 
 
 CASES = {

@@ -14,7 +14,7 @@ import tiny
 from scripts import ROOT, load_tool
 
 from moco.errors import CheckpointError, ConfigError
-from moco.studies import plan, run, table
+from moco.studies import cost, plan, run, table
 
 study_tool = load_tool("study")
 STUDY = """
@@ -176,3 +176,40 @@ def test_mean_and_std_by_hand(study_file, tmp_path):
     text = table.markdown(content, study.published_columns)
     assert "| tau 0.1 | 2 | 32.00 ± 2.83 | 1.00 ± 0.00 | 1.00 ± 0.00 | 60.70 |" in text
     assert "| tau 0.2, twice | 1 of 2 | 50.00 | 1.00 | 1.00 |  |" in text
+
+
+def test_the_cost_of_rows_at_equal_batches(study_file, image_folder, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--cost", "--batches", "8", "--steps", "2", "--memory-limit", "4")
+    assert status(command(study_file, image_folder, out, *flags)) == 0
+    content = json.loads((out / "costs.json").read_text())
+    for row in content["rows"]:
+        assert [c["batch"] for c in row["costs"]] == [8]
+        assert all(c["seconds"] > 0 and c["gib"] > 0 for c in row["costs"])
+    assert "| tau 0.1 |" in (out / "costs.md").read_text()
+    assert status(command(study_file, image_folder, out, "--cost")) == 2
+
+
+def test_where_memory_ends_by_hand():
+    costs = [{"batch": 8, "gib": 1.0}, {"batch": 16, "gib": 2.0}, {"batch": 32, "error": "none"}]
+    assert cost.last_batch(costs, 10.0) == 80  # an eighth of a GiB an image
+    assert cost.last_batch(costs[:1], 10.0) is None
+    row = {"name": "A", "published": {"GB": 5.0}, "last_batch": 80,
+           "costs": [{"batch": 8, "seconds": 0.5, "gib": 1.0}]}  # fmt: skip
+    other = {**row, "name": "B", "costs": [{"batch": 8, "seconds": 1.0, "gib": 1.5}]}
+    text = cost.markdown({"title": "t", "source": "s", "device": "cpu", "num_steps": 2,
+                          "memory_limit_gib": 10, "rows": [row, other]})  # fmt: skip
+    assert "| A | 0.500 (1.00) | 1.00 (1.00) | 80 | 5.0 |" in text
+    assert "| B | 1.000 (2.00) | 1.50 (1.50) | 80 | 5.0 |" in text
+
+
+def test_a_study_with_linear_classification(study_file, image_folder, tmp_path):
+    config = tmp_path / "linear.yaml"
+    config.write_text("DATA: {SIZE: 16, NUM_WORKERS: 0}\nTRAIN: {EPOCHS: 1, BATCH_SIZE: 8}\n")
+    out = tmp_path / "out"
+    flags = ("--linear", str(config), "--index", "0")
+    assert status(command(study_file, image_folder, out, *flags)) == 0
+    row = json.loads((out / "results.json").read_text())["rows"][0]
+    own = json.loads((out / "tau_0.1" / "seed_0" / "linear" / "results.json").read_text())
+    assert row["figures"]["linear top-1"]["values"] == [own["top1"]]
+    assert status(command(study_file, image_folder, out, *flags)) == 0  # nothing is left to do

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from moco.data.images import find_images, load_rgb
+from moco.data.images import find_images
+from moco.data.rgb import load_rgb
 from moco.errors import DataError
 
 

@@ -52,11 +52,11 @@ def test_a_step_stores_the_features_of_its_images_after_the_update():
     assert torch.equal(method.bank, before)  # forward only reads it
     output.loss.backward()
     method.after_step(output, INDEX)
-    mixed = 0.5 * before[INDEX] + 0.5 * output.keys_ND
+    mixed = 0.5 * before[INDEX] + 0.5 * output.keys_VBD[0]
     torch.testing.assert_close(method.bank[INDEX], F.normalize(mixed, dim=1))
     others = [i for i in range(20) if i not in INDEX]
     assert torch.equal(method.bank[others], before[others])
-    assert not output.keys_ND.requires_grad and not method.bank.requires_grad
+    assert not output.keys_VBD.requires_grad and not method.bank.requires_grad
 
 
 def test_the_second_view_changes_nothing():

@@ -55,7 +55,7 @@ def test_a_steps_own_keys_are_not_among_its_negatives():
     assert torch.equal(method.queue, before)  # forward only reads it
     output.loss.backward()
     method.after_step(output, torch.arange(4))
-    assert torch.equal(method.queue[:, :4], output.keys_ND.T)
+    assert torch.equal(method.queue[:, :4], output.keys_VBD[0].T)
     assert torch.equal(method.queue[:, 4:], before[:, 4:])
     assert method.queue_ptr.tolist() == [4]
 
@@ -74,7 +74,7 @@ def test_loss_is_info_nce_of_the_updated_key_encoder():
     method.train()
     q = F.normalize(method.encoder_q(view_q), dim=1)
     k = F.normalize(method.encoder_k(view_k), dim=1)
-    torch.testing.assert_close(output.keys_ND, k, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.keys_VBD[0], k, rtol=1e-4, atol=1e-5)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ method.queue], 1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(4, dtype=torch.long))
     torch.testing.assert_close(output.loss, expected, rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_shuffling_changes_the_groups_that_split_batch_norm_sees():
         method = tiny(bn_splits=2)
         view = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
         generator = torch.Generator().manual_seed(permutation_seed)
-        return method(*view, torch.arange(4), momentum=0.9, generator=generator).keys_ND
+        return method(*view, torch.arange(4), momentum=0.9, generator=generator).keys_VBD
 
     permutations = {s: torch.randperm(4, generator=torch.Generator().manual_seed(s)).tolist()
                     for s in range(8)}  # fmt: skip

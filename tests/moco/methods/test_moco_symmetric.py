@@ -32,7 +32,7 @@ def test_it_is_the_sum_of_mocos_losses_of_both_directions():
     output = run(built(SymmetricMoCo), first, second)
     there, back = run(built(MoCo), first, second), run(built(MoCo), second, first)
     torch.testing.assert_close(output.loss, there.loss + back.loss, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.keys_ND, torch.cat([back.keys_ND, there.keys_ND]),
+    torch.testing.assert_close(output.keys_VBD, torch.cat([back.keys_VBD, there.keys_VBD]),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
     assert not torch.isclose(output.loss, 2 * there.loss, rtol=1e-4)  # negative control
 
@@ -71,7 +71,7 @@ def test_a_step_stores_both_views_and_moves_the_key_encoder_once():
     output = run(method, *views())
     method.after_step(output, torch.arange(4))
     assert method.queue_ptr.tolist() == [8]
-    assert torch.equal(method.queue[:, :8], output.keys_ND.T)
+    assert torch.equal(method.queue[:, :8], output.keys_VBD.flatten(0, 1).T)
     for k, before, q in zip(method.encoder_k.parameters(), old, method.encoder_q.parameters(),
                             strict=True):  # fmt: skip
         torch.testing.assert_close(k, 0.9 * before + 0.1 * q)

@@ -107,9 +107,9 @@ def test_key_encoder_follows_without_predictor_and_without_gradient():
 class Watched(MoCoV3):
     """Notes the momentum of each step."""
 
-    def forward(self, *args, momentum, **kwargs):
+    def prepare(self, *args, momentum, **kwargs):
         self.__dict__.setdefault("seen", []).append(momentum)
-        return super().forward(*args, momentum=momentum, **kwargs)
+        return super().prepare(*args, momentum=momentum, **kwargs)
 
 
 def test_the_loop_raises_momentum_and_rate_by_step(image_folder, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Checkpoint files: atomic, verified, never executed."""
 
-import json
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -93,20 +93,58 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_prune_keeps_the_newest_the_milestones_and_no_older_stop(tmp_path):
-    for epoch in range(6):
-        save(tmp_path, f"checkpoint_{epoch:04d}.pth.tar", (epoch + 1) * 10)
-    save(tmp_path, "checkpoint_step_25.pth.tar", 25)
-    ckpt.prune(tmp_path, keep_last=2, milestone=20)
-    left = sorted(p.name for p in ckpt.checkpoint_files(tmp_path))
-    assert left == [f"checkpoint_{e:04d}.pth.tar" for e in (1, 3, 4, 5)]
-    assert all(ckpt.manifest_path(tmp_path / name).exists() for name in left)
+def test_the_hash_of_writing_is_that_of_the_file(tmp_path):
+    path = save(tmp_path, "checkpoint_0000.pth.tar", 3)
+    assert ckpt.verify_manifest(path)["sha256"] == ckpt.sha256_of(path)
 
 
-def test_prune_never_removes_the_only_verified_one(tmp_path):
-    good = save(tmp_path, "checkpoint_0000.pth.tar", 10)
-    bad = save(tmp_path, "checkpoint_0001.pth.tar", 20)
-    bad.write_bytes(b"cut")
-    ckpt.prune(tmp_path, keep_last=1, milestone=0)
-    assert good.exists()
-    assert json.loads(ckpt.manifest_path(good).read_text())["step"] == 10
+def test_saving_reads_nothing_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(ckpt, "sha256_of", lambda path: pytest.fail("read again"))
+    save(tmp_path, "checkpoint_0000.pth.tar", 3)
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 64 KiB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_names_bytes_and_leaves_the_old(tmp_path, small_files):
+    good = save(tmp_path, "checkpoint_0000.pth.tar", 1)
+    before = good.read_bytes()
+    for name in ("checkpoint_0001.pth.tar", good.name):  # a new file, and one that is replaced
+        with pytest.raises(CheckpointError) as error:
+            ckpt.save_checkpoint(tmp_path / name, {"x": torch.zeros(1 << 15)}, step=2)
+        message = str(error.value)
+        assert (
+            f"{tmp_path / name}: cannot be written (File too large; about 131072 bytes" in message
+        )
+        assert "are free there" in message and "\n" not in message
+    assert good.read_bytes() == before and ckpt.verify_manifest(good)["step"] == 1
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_failure_of_torch_itself_is_no_full_disk(tmp_path, monkeypatch):
+    def fail(content, file):
+        raise RuntimeError("of torch")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="of torch"):
+        save(tmp_path, "checkpoint_0000.pth.tar", 1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_free_bytes_of_a_folder_that_is_still_to_be_made(tmp_path):
+    assert ckpt.free_bytes(tmp_path / "a" / "b") > 0
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "x"}', '{"step": null}', "{", "\xff"])
+def test_a_damaged_manifest_is_refused_whatever_it_holds(tmp_path, text):
+    good = save(tmp_path, "checkpoint_0000.pth.tar", 1)
+    bad = save(tmp_path, "checkpoint_0001.pth.tar", 2)
+    ckpt.manifest_path(bad).write_bytes(text.encode("latin-1"))
+    path, _, refused = ckpt.latest_verified(tmp_path)
+    assert path == good and [p for p, _ in refused] == [bad]

@@ -1,0 +1,50 @@
+"""The labelled training and test images of a data set's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moco.data.images import ImageSource, find_images
+from moco.errors import DataError
+
+TEST_FOLDERS = ("val", "test")
+
+
+def find_test_folder(data_dir: str) -> Path | None:
+    """`val` or `test` in `data_dir`, the first that exists."""
+    return next((Path(data_dir) / f for f in TEST_FOLDERS if (Path(data_dir) / f).is_dir()), None)
+
+
+def find_splits(data_dir: str, test_dir: str | None = None) -> tuple[ImageSource, ImageSource]:
+    """Training and test images of `data_dir`, both in class folders of the same names.
+
+    Args:
+        data_dir: holds `train/CLASS/*` and `val/CLASS/*` or `test/CLASS/*`.
+        test_dir: another folder of test images.
+    Raises: DataError where a split or its labels are missing, or the classes differ.
+    """
+    folder = Path(test_dir) if test_dir else find_test_folder(data_dir)
+    if folder is None:
+        raise DataError(
+            f"{data_dir}: has no folder {' or '.join(TEST_FOLDERS)}; give a folder with train/ and "
+            "one of these, or name the test images' folder with --test-data"
+        )
+    train, test = find_images(data_dir), find_images(folder)
+    for source in (train, test):
+        if source.labels is None:
+            raise DataError(
+                f"{source.root}: is a flat folder of images; evaluation needs class folders, whose "
+                "names are the labels"
+            )
+    check_same_classes(train, test, "give both the same class folders")
+    return train, test
+
+
+def check_same_classes(train: ImageSource, test: ImageSource, remedy: str) -> None:
+    """Raises: DataError where the two splits have different classes."""
+    if test.class_names != train.class_names:
+        differing = sorted(set(test.class_names) ^ set(train.class_names))
+        raise DataError(
+            f"{test.root}: its class folders differ from those of {train.root} "
+            f"({', '.join(differing[:5])}); {remedy}"
+        )

@@ -1,0 +1,329 @@
+// Batch norm in training mode over groups of images, with the shortcut and the ReLU that follow it
+// in a residual network, forward and backward, for channels-last tensors of float or bfloat16.
+//
+// A tensor is rows (pixels of all images) x channels; image i belongs to group i % groups. What
+// costs time is reading and writing these rows, so each pass over them does all it can. Sums are
+// kept in double across blocks of rows, and of differences to the group's first pixel, so that a
+// large mean takes no digits from a small variance.
+//
+// moco/models/kernels.py compiles and calls this file; `Layer` there has the same fields.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+extern "C" struct Layer {
+  int64_t images, pixels, channels, groups;  // pixels of one image
+  int64_t threads, relu;
+  double eps, momentum;
+  const float *weight, *bias;          // [channels]
+  float *running_mean, *running_var;   // [channels]
+  float *mean, *var, *scale, *shift;   // [groups, channels]: output = scale * input + shift
+};
+
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+
+inline float load(bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void store(float& out, float value) { out = value; }
+
+inline void store(bfloat16& out, float value) {  // rounds to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = uint16_t(value != value ? 0x7fc0u : rounded);
+}
+
+constexpr int64_t kRowsPerBlock = 256;
+
+// Calls work(thread, group, first row, end row) for blocks of rows that lie within an image.
+template <class Work>
+void for_blocks(const Layer& l, Work work) {
+#pragma omp parallel num_threads(l.threads)
+  {
+    const int64_t rows = l.images * l.pixels, thread = omp_get_thread_num();
+    const int64_t threads = omp_get_num_threads();
+    int64_t row = rows * thread / threads;
+    const int64_t last = rows * (thread + 1) / threads;
+    while (row < last) {
+      const int64_t image = row / l.pixels;
+      const int64_t end = std::min({last, (image + 1) * l.pixels, row + kRowsPerBlock});
+      work(thread, image % l.groups, row, end);
+      row = end;
+    }
+  }
+}
+
+// Two sums for each group and channel, gathered by the threads of `for_blocks`.
+class Sums {
+ public:
+  explicit Sums(const Layer& l)
+      : channels_(l.channels),
+        size_(l.groups * l.channels),
+        threads_(l.threads),
+        blocks_(2 * l.threads * l.channels),
+        totals_(2 * l.threads * size_, 0.0) {}
+
+  float* block(int64_t thread) {  // [2, channels] for one block, zero
+    float* sums = &blocks_[2 * thread * channels_];
+    std::fill(sums, sums + 2 * channels_, 0.0f);
+    return sums;
+  }
+
+  void add_block(int64_t thread, int64_t group) {
+    const float* sums = &blocks_[2 * thread * channels_];
+    for (int64_t which = 0; which < 2; which++) {
+      double* totals = &totals_[(2 * thread + which) * size_ + group * channels_];
+      for (int64_t c = 0; c < channels_; c++) totals[c] += sums[which * channels_ + c];
+    }
+  }
+
+  double total(int64_t which, int64_t index) const {  // index: of [groups, channels]
+    double sum = 0.0;
+    for (int64_t t = 0; t < threads_; t++) sum += totals_[(2 * t + which) * size_ + index];
+    return sum;
+  }
+
+ private:
+  int64_t channels_, size_, threads_;
+  std::vector<float> blocks_;
+  std::vector<double> totals_;
+};
+
+double values_per_group(const Layer& l) { return double(l.images / l.groups) * l.pixels; }
+
+template <class T>
+void measure(const Layer& l, const T* x) {
+  const int64_t C = l.channels;
+  std::vector<float> first(l.groups * C);
+  for (int64_t g = 0; g < l.groups; g++)
+    for (int64_t c = 0; c < C; c++) first[g * C + c] = load(x[g * l.pixels * C + c]);
+  Sums sums(l);
+  for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
+    float *sum = sums.block(thread), *squares = sum + C;
+    const float* origin = &first[group * C];
+    for (int64_t row = begin; row < end; row++) {
+      const T* in = x + row * C;
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) {
+        const float d = load(in[c]) - origin[c];
+        sum[c] += d;
+        squares[c] += d * d;
+      }
+    }
+    sums.add_block(thread, group);
+  });
+  const double n = values_per_group(l);
+  for (int64_t i = 0; i < l.groups * C; i++) {
+    const double offset = sums.total(0, i) / n, mean = first[i] + offset;
+    const double square = sums.total(1, i) / n - offset * offset;
+    const double var = square < 0.0 ? 0.0 : square;  // a NaN stays one
+    const double scale = l.weight[i % C] / std::sqrt(var + l.eps);
+    l.mean[i] = float(mean);
+    l.var[i] = float(var);
+    l.scale[i] = float(scale);
+    l.shift[i] = float(l.bias[i % C] - mean * scale);
+  }
+}
+
+// The running statistics move towards the mean of the groups', with the unbiased variance.
+void track(const Layer& l) {
+  const double n = values_per_group(l), unbiased = n / (n - 1.0) / l.groups;
+  for (int64_t c = 0; c < l.channels; c++) {
+    double mean = 0.0, var = 0.0;
+    for (int64_t g = 0; g < l.groups; g++) {
+      mean += l.mean[g * l.channels + c];
+      var += l.var[g * l.channels + c];
+    }
+    l.running_mean[c] += float(l.momentum * (mean / l.groups - l.running_mean[c]));
+    l.running_var[c] += float(l.momentum * (var * unbiased - l.running_var[c]));
+  }
+}
+
+// y may be x.
+template <class T>
+void normalise(const Layer& l, const T* x, const T* shortcut, T* y) {
+  const int64_t C = l.channels;
+  const float lowest = l.relu ? 0.0f : -INFINITY;
+  for_blocks(l, [&](int64_t, int64_t group, int64_t begin, int64_t end) {
+    const float *scale = l.scale + group * C, *shift = l.shift + group * C;
+    for (int64_t row = begin; row < end; row++) {
+      const T* in = x + row * C;
+      T* out = y + row * C;
+      if (shortcut) {
+        const T* added = shortcut + row * C;
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) {
+          const float v = load(in[c]) * scale[c] + shift[c] + load(added[c]);
+          store(out[c], v < lowest ? lowest : v);  // a NaN stays one
+        }
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) {
+          const float v = load(in[c]) * scale[c] + shift[c];
+          store(out[c], v < lowest ? lowest : v);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void forward(const Layer& l, const T* x, const T* shortcut, T* y) {
+  measure(l, x);
+  track(l);
+  normalise(l, x, shortcut, y);
+}
+
+// Where the ReLU let a value through. Without a shortcut the output is computed again from the
+// input, which is read anyway; with one it is read.
+struct FromInput {
+  template <class T>
+  static float gate(float in, float scale, float shift, const T*, int64_t, float up) {
+    return in * scale + shift > 0.0f ? up : 0.0f;
+  }
+};
+struct FromOutput {
+  template <class T>
+  static float gate(float, float, float, const T* out, int64_t c, float up) {
+    return load(out[c]) > 0.0f ? up : 0.0f;
+  }
+};
+struct Open {
+  template <class T>
+  static float gate(float, float, float, const T*, int64_t, float up) {
+    return up;
+  }
+};
+
+// gated: receives the gradient behind the ReLU, which is the shortcut's; may be null.
+template <class Gate, class T>
+void sum_gradients(const Layer& l, const T* x, const T* y, const T* dy, T* gated, Sums& sums) {
+  const int64_t C = l.channels;
+  for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
+    float *sum = sums.block(thread), *products = sum + C;
+    const float *mean = l.mean + group * C, *scale = l.scale + group * C;
+    const float* shift = l.shift + group * C;
+    for (int64_t row = begin; row < end; row++) {
+      const T *in = x + row * C, *out = y + row * C, *up = dy + row * C;
+      if (gated) {
+        T* kept = gated + row * C;
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) {
+          const float v = load(in[c]), u = load(up[c]);
+          const float g = Gate::gate(v, scale[c], shift[c], out, c, u);
+          store(kept[c], g);
+          sum[c] += g;
+          products[c] += g * (v - mean[c]);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) {
+          const float v = load(in[c]), u = load(up[c]);
+          const float g = Gate::gate(v, scale[c], shift[c], out, c, u);
+          sum[c] += g;
+          products[c] += g * (v - mean[c]);
+        }
+      }
+    }
+    sums.add_block(thread, group);
+  });
+}
+
+// dx = scale * (g - mean(g) - (x - mean) * mean(g * (x - mean)) / (var + eps)), g behind the gate.
+template <class Gate, class T>
+void input_gradient(const Layer& l, const T* x, const T* dy, const float* slope,
+                    const float* constant, T* dx) {
+  const int64_t C = l.channels;
+  for_blocks(l, [&](int64_t, int64_t group, int64_t begin, int64_t end) {
+    const float *scale = l.scale + group * C, *shift = l.shift + group * C;
+    const float *a = slope + group * C, *b = constant + group * C;
+    for (int64_t row = begin; row < end; row++) {
+      const T *in = x + row * C, *up = dy + row * C;
+      T* out = dx + row * C;
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) {
+        const float v = load(in[c]), u = load(up[c]);
+        const float g = Gate::gate(v, scale[c], shift[c], in, c, u);
+        store(out[c], scale[c] * g + a[c] * v + b[c]);
+      }
+    }
+  });
+}
+
+// gated: as in sum_gradients; needed where the ReLU came after a shortcut.
+// dweight, dbias: [channels].
+template <class T>
+void backward(const Layer& l, const T* x, const T* y, const T* dy, T* dx, T* gated,
+              float* dweight, float* dbias) {
+  Sums sums(l);
+  if (gated) {
+    sum_gradients<FromOutput>(l, x, y, dy, gated, sums);
+  } else if (l.relu) {
+    sum_gradients<FromInput>(l, x, x, dy, gated, sums);
+  } else {
+    sum_gradients<Open>(l, x, x, dy, gated, sums);
+  }
+  const int64_t C = l.channels;
+  const double n = values_per_group(l);
+  std::vector<float> slope(l.groups * C), constant(l.groups * C);
+  std::vector<double> weight(C, 0.0), bias(C, 0.0);
+  for (int64_t i = 0; i < l.groups * C; i++) {
+    const double sum = sums.total(0, i), product = sums.total(1, i);
+    const double inverse = 1.0 / std::sqrt(double(l.var[i]) + l.eps);
+    bias[i % C] += sum;
+    weight[i % C] += product * inverse;
+    const double a = -l.scale[i] * product * inverse * inverse / n;
+    slope[i] = float(a);
+    constant[i] = float(-l.scale[i] * sum / n - a * l.mean[i]);
+  }
+  for (int64_t c = 0; c < C; c++) {
+    dweight[c] = float(weight[c]);
+    dbias[c] = float(bias[c]);
+  }
+  if (gated) {
+    input_gradient<Open>(l, x, gated, slope.data(), constant.data(), dx);
+  } else if (l.relu) {
+    input_gradient<FromInput>(l, x, dy, slope.data(), constant.data(), dx);
+  } else {
+    input_gradient<Open>(l, x, dy, slope.data(), constant.data(), dx);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void forward_float32(const Layer* l, const float* x, const float* shortcut, float* y) {
+  forward(*l, x, shortcut, y);
+}
+
+void forward_bfloat16(const Layer* l, const bfloat16* x, const bfloat16* shortcut, bfloat16* y) {
+  forward(*l, x, shortcut, y);
+}
+
+void backward_float32(const Layer* l, const float* x, const float* y, const float* dy, float* dx,
+                      float* gated, float* dweight, float* dbias) {
+  backward(*l, x, y, dy, dx, gated, dweight, dbias);
+}
+
+void backward_bfloat16(const Layer* l, const bfloat16* x, const bfloat16* y, const bfloat16* dy,
+                       bfloat16* dx, bfloat16* gated, float* dweight, float* dbias) {
+  backward(*l, x, y, dy, dx, gated, dweight, dbias);
+}
+}

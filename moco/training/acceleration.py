@@ -1,0 +1,141 @@
+"""How a step is computed on this machine: precision, memory order, compiled code.
+
+TRAIN.AMP, CHANNELS_LAST and COMPILE may be left to the machine (None). What it decides is written
+into the configuration before the run's identity is made from it, so a run that continues on
+another kind of machine is refused, by the key's name, instead of changing its numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from moco.cfgnode import CfgNode
+from moco.errors import ConfigError
+from moco.models import kernels
+
+_CPU_BF16 = ("amx_bf16", "avx512_bf16")  # flags of /proc/cpuinfo
+_LEAST_CAPABILITY = 8  # Ampere, the first with bfloat16 matrix units
+_ENCODERS = ("encoder_q", "encoder_k")
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """cfg: with TRAIN.AMP, CHANNELS_LAST and COMPILE decided; text: what was decided, and why."""
+
+    cfg: CfgNode
+    text: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    value: object
+    why: str
+
+
+def resolve(cfg: CfgNode, device: torch.device) -> Acceleration:
+    """Decide what the configuration leaves to the machine; TRAIN.REFERENCE overrides all of it.
+
+    A resolved configuration resolves to itself.
+
+    Raises: ConfigError for settings that cannot be had together or on this device.
+    """
+    if cfg.TRAIN.REFERENCE:
+        amp, last, compiled = (_Choice(v, "TRAIN.REFERENCE") for v in (False, False, "eager"))
+    else:
+        amp = _decide(cfg, "AMP") or _choose_amp(device)
+        last = _decide(cfg, "CHANNELS_LAST") or _choose_channels_last(cfg)
+        compiled = _decide(cfg, "COMPILE") or _choose_compile(cfg, device, last.value)
+        _check_compile(cfg, device, last.value, compiled.value)
+    out = cfg.clone()
+    out.defrost()
+    out.TRAIN.AMP, out.TRAIN.CHANNELS_LAST = amp.value, last.value
+    out.TRAIN.COMPILE = compiled.value
+    if cfg.TRAIN.REFERENCE:
+        out.AUGMENT.BACKEND, out.AUGMENT.DECODE, out.AUGMENT.RESIDENT = "pil", "cpu", False
+    out.freeze()
+    text = (
+        f"step: {'bfloat16' if amp.value else 'float32'} ({amp.why}); channels "
+        f"{'last' if last.value else 'first'} ({last.why}); {compiled.value} ({compiled.why})"
+    )
+    return Acceleration(out, text)
+
+
+def accelerate_(method: nn.Module, cfg: CfgNode) -> None:
+    """Make a method compute as a resolved configuration says; names and values stay as they are.
+
+    With COMPILE torch the encoders are compiled in the first step.
+
+    Raises: ConfigError where the kernels cannot be compiled.
+    """
+    if cfg.TRAIN.CHANNELS_LAST:
+        method.to(memory_format=torch.channels_last)
+    if cfg.TRAIN.COMPILE == "kernels":
+        kernels.use_kernels_(method)
+    if cfg.TRAIN.COMPILE == "torch":
+        for name in _ENCODERS:
+            encoder = getattr(method, name, None)
+            if encoder is not None:
+                encoder.compile()
+
+
+def cpu_bf16_flag(cpuinfo: str) -> str | None:
+    """The flag, of the text of /proc/cpuinfo, that says bfloat16 products are done in hardware."""
+    words = set(cpuinfo.split())
+    return next((flag for flag in _CPU_BF16 if flag in words), None)
+
+
+def _decide(cfg: CfgNode, key: str) -> _Choice | None:
+    value = cfg.TRAIN[key]
+    return None if value is None else _Choice(value, f"TRAIN.{key}")
+
+
+def _choose_amp(device: torch.device) -> _Choice:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return _Choice(major >= _LEAST_CAPABILITY, f"the GPU's capability is {major}.{minor}")
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return _Choice(False, "this system does not say whether the CPU has bfloat16")
+    flag = cpu_bf16_flag(info.read_text(encoding="utf-8"))
+    why = f"the CPU has {flag}" if flag else f"the CPU has none of {', '.join(_CPU_BF16)}"
+    return _Choice(flag is not None, why)
+
+
+def _choose_channels_last(cfg: CfgNode) -> _Choice:
+    return _Choice(_is_resnet(cfg), cfg.MODEL.ARCH)
+
+
+def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> _Choice:
+    if device.type != "cpu":
+        return _Choice("eager", "TRAIN.COMPILE torch was not measured on a GPU")
+    if not (_is_resnet(cfg) and cfg.MODEL.NORM == "BN" and channels_last):
+        return _Choice("eager", "kernels are for batch norm of ResNets, channels last")
+    try:
+        seconds = kernels.compile_kernels()
+    except ConfigError as error:
+        return _Choice("eager", str(error))
+    return _Choice("kernels", f"batch norm for this CPU, compiled in {seconds:.1f} s")
+
+
+def _check_compile(cfg: CfgNode, device: torch.device, channels_last: bool, value: str) -> None:
+    if value == "kernels" and not (
+        device.type == "cpu" and _is_resnet(cfg) and cfg.MODEL.NORM == "BN" and channels_last
+    ):
+        raise ConfigError(
+            f"TRAIN.COMPILE is kernels with {cfg.MODEL.ARCH}, MODEL.NORM {cfg.MODEL.NORM}, "
+            f"TRAIN.CHANNELS_LAST {channels_last} on {device.type}; allowed: a ResNet with NORM BN "
+            "and CHANNELS_LAST True on cpu; else set TRAIN.COMPILE eager or torch"
+        )
+    if value == "torch" and cfg.MODEL.NORM == "SyncBN":
+        raise ConfigError(
+            "TRAIN.COMPILE is torch with MODEL.NORM SyncBN, whose messages between processes "
+            "cannot be compiled; set TRAIN.COMPILE eager"
+        )
+
+
+def _is_resnet(cfg: CfgNode) -> bool:
+    return cfg.MODEL.ARCH.startswith("resnet")

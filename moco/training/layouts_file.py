@@ -1,0 +1,75 @@
+"""Weights files as they lie on disk: a run folder's newest checkpoint, torch files, safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from moco.errors import CheckpointError
+from moco.training.checkpoint import (
+    latest_verified,
+    manifest_path,
+    read_torch_file,
+    verify_manifest,
+)
+
+SAFETENSORS = ".safetensors"
+
+
+def find_source(path: str | os.PathLike) -> tuple[Path, list[tuple[Path, str]]]:
+    """The file that `path`, a file or a run folder, stands for.
+
+    Returns: the file, and the newer checkpoints of a run that were passed over with the reason.
+    Raises: CheckpointError where a run has no verified checkpoint, or a file's manifest does not
+        verify. Files without a manifest are other projects'.
+    """
+    path = Path(path)
+    if path.is_dir():
+        newest, _, refused = latest_verified(path)
+        if newest is None:
+            reasons = "; ".join(reason for _, reason in refused[:3])
+            raise CheckpointError(
+                f"{path}: this folder holds no verified checkpoint_*.pth.tar"
+                + (f" ({reasons})" if reasons else "")
+                + "; give a run folder or a checkpoint file"
+            )
+        return newest, refused
+    if manifest_path(path).exists():
+        verify_manifest(path)
+    return path, []
+
+
+def read_weights(path: str | os.PathLike) -> object:
+    """The content of a weights file, tensors on the CPU; no code of the file is run.
+
+    A `.safetensors` file is given as a checkpoint is: tensors under `state_dict`, beside them what
+    its metadata says.
+    Raises: CheckpointError for a file that is missing or damaged, or that holds other objects than
+        tensors and plain values.
+    """
+    if Path(path).suffix == SAFETENSORS:
+        return _read_safetensors(path)
+    try:
+        return read_torch_file(path)
+    except CheckpointError as error:
+        if "other than tensors" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error}; it is not loaded, as that could run code. Where it was written, keep the "
+            "tensors alone: torch.save({'state_dict': torch.load(FILE, weights_only=False)"
+            "['state_dict']}, OUT)"
+        ) from error
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, object]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: there is no such file; give the path of a weights file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {**(file.metadata() or {}), "state_dict": state}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path}: is not a readable safetensors file, {reason}") from error
