@@ -56,7 +56,8 @@ def given_to(backend: str, image: np.ndarray) -> Image.Image | np.ndarray:
 def view_of(backend: str, image: np.ndarray, p: ViewParameters, size: int) -> np.ndarray:
     """The view of uint8 RGB [H, W, 3] as a backend makes it, uint8 [3, size, size]."""
     out = np.empty((3, size, size), np.uint8)
-    BACKENDS[backend].write(given_to(backend, image), p, size, out)
+    crop = BACKENDS[backend].crop(given_to(backend, image), p, size)
+    BACKENDS[backend].finish(crop, p, out)
     if BACKENDS[backend].on_device:
         table = torch.tensor([table_row(p)], dtype=torch.float32)
         return apply_batch(torch.from_numpy(out)[None], table)[0].numpy()

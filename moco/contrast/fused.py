@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-# Logits of a block: on a CPU they should stay in its cache, on a GPU a block should fill it.
-_BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**24}
-_LEAST_BLOCK = 256
+# Logits of a block: on a CPU they and their negatives should stay in its cache, on a GPU a block
+# should fill it.
+_BLOCK_VALUES = {"cpu": 2**18, "cuda": 2**24}
+_LEAST_BLOCK = 1024
 
 
 def fused_info_nce(
@@ -49,18 +50,18 @@ class _FusedInfoNCE(torch.autograd.Function):
         # Of what was seen so far: the largest logit, and relative to it the sum of exponentials
         # and the sum of the negatives weighed with them.
         largest_B1, total_B1 = positive_B1, torch.ones_like(positive_B1)
-        weighed_BD = torch.zeros_like(q_BD)
+        weighed_DB = torch.zeros_like(q_BD).T.contiguous()
         for negatives in negatives_DK.split(block, dim=1):
             logits = scaled_BD @ negatives
             new_B1 = torch.maximum(largest_B1, logits.amax(1, keepdim=True))
             logits.sub_(new_B1).exp_()
             shrink_B1 = (largest_B1 - new_B1).exp_()
             total_B1 = total_B1 * shrink_B1 + logits.sum(1, keepdim=True)
-            weighed_BD.mul_(shrink_B1).addmm_(logits, negatives.T)
+            weighed_DB.mul_(shrink_B1.T).addmm_(negatives, logits.T)
             largest_B1 = new_B1
         log_sum_B1 = largest_B1 + total_B1.log()
         probability_B1 = (positive_B1 - log_sum_B1).exp_()
-        gradient = weighed_BD / total_B1 + (probability_B1 - 1) * k_BD
+        gradient = weighed_DB.T / total_B1 + (probability_B1 - 1) * k_BD
         ctx.save_for_backward(gradient / (temperature * len(q_BD)))
         return (log_sum_B1 - positive_B1).mean()
 

@@ -29,17 +29,14 @@ _SHARE_TO_LEVELS = 255 * (1 + 1e-6)
 _GREY_WEIGHTS = (7471 / 65536, 38470 / 65536, 19595 / 65536)  # PIL's "L", of B, G, R
 
 
-def apply_fast(
-    image_HWC: np.ndarray, parameters: ViewParameters, size: int, out_CHW: np.ndarray
-) -> None:
-    """Write the view that `parameters` describes into `out_CHW`.
+def crop(image_HWC: np.ndarray, p: ViewParameters, size: int) -> np.ndarray:
+    """The crop box of a writable image, resized to [size, size, 3]."""
+    box_HWC = image_HWC[p.top : p.top + p.height, p.left : p.left + p.width]
+    return _resize(box_HWC, size, size)
 
-    Args:
-        image_HWC: uint8 BGR, writable.
-        out_CHW: uint8 [3, size, size] for RGB, each plane contiguous.
-    """
-    p = parameters
-    view = crop(image_HWC, p, size)
+
+def finish(view: np.ndarray, p: ViewParameters, out_CHW: np.ndarray) -> None:
+    """All that follows the crop; the view is written to `out_CHW`, see `store`."""
     if p.grey and p.grey_first:
         view = to_grey(view)
     for operation, factor in p.jitter:
@@ -54,7 +51,7 @@ def apply_fast(
 
 
 def eval_fast(image_HWC: np.ndarray, size: int, resize: int, out_CHW: np.ndarray) -> None:
-    """Write the view "eval" of `eval_pil` into `out_CHW`, as `apply_fast`."""
+    """The view "eval" of `eval_pil`, written to `out_CHW`."""
     height, width = image_HWC.shape[:2]
     long_side = int(resize * max(height, width) / min(height, width))
     height, width = (long_side, resize) if width <= height else (resize, long_side)
@@ -64,14 +61,8 @@ def eval_fast(image_HWC: np.ndarray, size: int, resize: int, out_CHW: np.ndarray
     store(np.ascontiguousarray(view[top : top + size, left : left + size]), out_CHW)
 
 
-def crop(image_HWC: np.ndarray, p: ViewParameters, size: int) -> np.ndarray:
-    """The crop box of `p`, resized to `size` x `size`."""
-    box_HWC = image_HWC[p.top : p.top + p.height, p.left : p.left + p.width]
-    return _resize(box_HWC, size, size)
-
-
 def store(view: np.ndarray, out_CHW: np.ndarray) -> None:
-    """Write a view [H, W, 3] in BGR, or a grey one [H, W], as three planes in RGB."""
+    """Write a view [H, W, 3] in BGR, or a grey one [H, W], as planes in RGB, uint8 [3, H, W]."""
     if view.ndim == 2:
         out_CHW[:] = view
     else:

@@ -20,7 +20,7 @@ from moco.data.augment import (
     eval_pil,
     sample_parameters,
 )
-from moco.data.augment_fast import apply_fast, crop, eval_fast, store
+from moco.data.augment_fast import crop, eval_fast, finish, store
 from moco.data.decode import read_bgr
 from moco.data.images import ImageSource
 
@@ -32,14 +32,16 @@ class Backend:
     Attributes:
         read: (source, index) -> image. Raises DataError where it is unreadable.
         size: image -> (width, height).
-        write: (image, parameters, size, out) writes a view to `out`, uint8 [3, size, size].
+        crop: (image, parameters, size) -> crop, whatever `finish` takes.
+        finish: (crop, parameters, out) writes a view to `out`, uint8 [3, size, size].
         write_eval: (image, size, resize, out) writes the view "eval" to it.
-        on_device: `write` only crops and resizes; the rest is left to `apply_batch`.
+        on_device: `finish` writes the resized crop; the rest is left to `apply_batch`.
     """
 
     read: Callable[[ImageSource, int], Any]
     size: Callable[[Any], tuple[int, int]]
-    write: Callable[[Any, ViewParameters, int, np.ndarray], None]
+    crop: Callable[[Any, ViewParameters, int], Any]
+    finish: Callable[[Any, ViewParameters, np.ndarray], None]
     write_eval: Callable[[Any, int, int, np.ndarray], None]
     on_device: bool = False
 
@@ -56,8 +58,8 @@ def draw_views(
     ]
 
 
-def _write_pil(image, parameters: ViewParameters, size: int, out_CHW: np.ndarray) -> None:
-    _store_rgb(apply_pil(image, parameters, size), out_CHW)
+def _finish_pil(image, parameters: ViewParameters, out_CHW: np.ndarray) -> None:
+    _store_rgb(apply_pil(image, parameters, out_CHW.shape[-1]), out_CHW)
 
 
 def _write_eval_pil(image, size: int, resize: int, out_CHW: np.ndarray) -> None:
@@ -66,10 +68,6 @@ def _write_eval_pil(image, size: int, resize: int, out_CHW: np.ndarray) -> None:
 
 def _store_rgb(view: Image.Image, out_CHW: np.ndarray) -> None:
     out_CHW[:] = np.asarray(view).transpose(2, 0, 1)
-
-
-def _write_crop(image_HWC, parameters: ViewParameters, size: int, out_CHW: np.ndarray) -> None:
-    store(crop(image_HWC, parameters, size), out_CHW)
 
 
 def _array_size(image_HWC: np.ndarray) -> tuple[int, int]:
@@ -81,9 +79,17 @@ BACKENDS = {
     "pil": Backend(
         read=lambda source, index: source.open(index),
         size=lambda image: image.size,
-        write=_write_pil,
+        crop=lambda image, parameters, size: image,
+        finish=_finish_pil,
         write_eval=_write_eval_pil,
     ),
-    "opencv": Backend(read_bgr, _array_size, apply_fast, eval_fast),
-    "device": Backend(read_bgr, _array_size, _write_crop, eval_fast, on_device=True),
+    "opencv": Backend(read_bgr, _array_size, crop, finish, eval_fast),
+    "device": Backend(
+        read_bgr,
+        _array_size,
+        crop,
+        finish=lambda view, parameters, out_CHW: store(view, out_CHW),
+        write_eval=eval_fast,
+        on_device=True,
+    ),
 }

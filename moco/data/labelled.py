@@ -133,7 +133,7 @@ class LabelledViews(Dataset):
             image = backend.read(self.source, index)
             rng = seeding.python_random(self.seed, "labelled-view", epoch, index)
             parameters = sample_parameters(self.recipe, rng, *backend.size(image))
-            backend.write(image, parameters, size, out[number])
+            backend.finish(backend.crop(image, parameters, size), parameters, out[number])
         indices = [index for _, index in keys]
         labels = [self.labels[index] for index in indices]
         return views, torch.tensor(labels), torch.tensor(indices)

@@ -42,12 +42,15 @@ inline float load(bfloat16 value) {
 
 inline void store(float& out, float value) { out = value; }
 
-inline void store(bfloat16& out, float value) {  // rounds to the nearest, ties to even
+// Rounds to the nearest, ties to even. A NaN stays one if its lower half is 0: those of bfloat16
+// and those the processor makes are such, `plain` makes the others so.
+inline void store(bfloat16& out, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = uint16_t(value != value ? 0x7fc0u : rounded);
+  out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+inline float plain(double value) { return value != value ? NAN : float(value); }
 
 constexpr int64_t kRowsPerBlock = 256;
 
@@ -105,6 +108,33 @@ class Sums {
   std::vector<double> totals_;
 };
 
+// Calls add(element, channel, first sum, second sum) for all elements of some rows. A tile of sums
+// stays in registers over some rows; in memory they would be read and written for every element.
+constexpr int64_t kTile = 64, kRowsPerTile = 32;
+
+template <class Add>
+void sum_rows(int64_t channels, int64_t begin, int64_t end, float* first, float* second, Add add) {
+  for (int64_t top = begin; top < end; top += kRowsPerTile) {
+    const int64_t bottom = std::min(end, top + kRowsPerTile);
+    int64_t c = 0;
+    for (; c + kTile <= channels; c += kTile) {
+      float a[kTile], b[kTile];
+      std::copy(first + c, first + c + kTile, a);
+      std::copy(second + c, second + c + kTile, b);
+      for (int64_t row = top; row < bottom; row++) {
+#pragma omp simd
+        for (int64_t j = 0; j < kTile; j++) add(row * channels + c + j, c + j, a[j], b[j]);
+      }
+      std::copy(a, a + kTile, first + c);
+      std::copy(b, b + kTile, second + c);
+    }
+    for (int64_t row = top; row < bottom; row++) {
+#pragma omp simd
+      for (int64_t j = c; j < channels; j++) add(row * channels + j, j, first[j], second[j]);
+    }
+  }
+}
+
 double values_per_group(const Layer& l) { return double(l.images / l.groups) * l.pixels; }
 
 template <class T>
@@ -117,15 +147,11 @@ void measure(const Layer& l, const T* x) {
   for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
     float *sum = sums.block(thread), *squares = sum + C;
     const float* origin = &first[group * C];
-    for (int64_t row = begin; row < end; row++) {
-      const T* in = x + row * C;
-#pragma omp simd
-      for (int64_t c = 0; c < C; c++) {
-        const float d = load(in[c]) - origin[c];
-        sum[c] += d;
-        squares[c] += d * d;
-      }
-    }
+    sum_rows(C, begin, end, sum, squares, [=](int64_t i, int64_t c, float& a, float& b) {
+      const float d = load(x[i]) - origin[c];
+      a += d;
+      b += d * d;
+    });
     sums.add_block(thread, group);
   });
   const double n = values_per_group(l);
@@ -136,8 +162,8 @@ void measure(const Layer& l, const T* x) {
     const double scale = l.weight[i % C] / std::sqrt(var + l.eps);
     l.mean[i] = float(mean);
     l.var[i] = float(var);
-    l.scale[i] = float(scale);
-    l.shift[i] = float(l.bias[i % C] - mean * scale);
+    l.scale[i] = plain(scale);
+    l.shift[i] = plain(l.bias[i % C] - mean * scale);
   }
 }
 
@@ -190,55 +216,50 @@ void forward(const Layer& l, const T* x, const T* shortcut, T* y) {
   normalise(l, x, shortcut, y);
 }
 
-// Where the ReLU let a value through. Without a shortcut the output is computed again from the
-// input, which is read anyway; with one it is read.
-struct FromInput {
-  template <class T>
-  static float gate(float in, float scale, float shift, const T*, int64_t, float up) {
-    return in * scale + shift > 0.0f ? up : 0.0f;
-  }
-};
-struct FromOutput {
-  template <class T>
-  static float gate(float, float, float, const T* out, int64_t c, float up) {
-    return load(out[c]) > 0.0f ? up : 0.0f;
-  }
+// The gradient behind the ReLU, of an element: `up` where the ReLU let its value through. Without a
+// shortcut that is computed again from the input, which is read anyway.
+struct Gate {
+  bool operator()(float in, float scale, float shift) const { return in * scale + shift > 0.0f; }
 };
 struct Open {
-  template <class T>
-  static float gate(float, float, float, const T*, int64_t, float up) {
-    return up;
-  }
+  bool operator()(float, float, float) const { return true; }
 };
 
-// gated: receives the gradient behind the ReLU, which is the shortcut's; may be null.
-template <class Gate, class T>
-void sum_gradients(const Layer& l, const T* x, const T* y, const T* dy, T* gated, Sums& sums) {
+template <class Passes, class T>
+void sum_gradients(const Layer& l, const T* x, const T* dy, Sums& sums) {
   const int64_t C = l.channels;
   for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
     float *sum = sums.block(thread), *products = sum + C;
     const float *mean = l.mean + group * C, *scale = l.scale + group * C;
     const float* shift = l.shift + group * C;
+    sum_rows(C, begin, end, sum, products, [=](int64_t i, int64_t c, float& a, float& b) {
+      const float v = load(x[i]), up = load(dy[i]);
+      const float g = Passes()(v, scale[c], shift[c]) ? up : 0.0f;
+      a += g;
+      b += g * (v - mean[c]);
+    });
+    sums.add_block(thread, group);
+  });
+}
+
+// With a shortcut the output y tells what passed; the gated gradient is the shortcut's own. Four
+// tensors at once are best read row by row: in tiles their lines would displace each other.
+template <class T>
+void sum_gated_gradients(const Layer& l, const T* x, const T* y, const T* dy, T* gated,
+                         Sums& sums) {
+  const int64_t C = l.channels;
+  for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
+    float *sum = sums.block(thread), *products = sum + C;
+    const float* mean = l.mean + group * C;
     for (int64_t row = begin; row < end; row++) {
       const T *in = x + row * C, *out = y + row * C, *up = dy + row * C;
-      if (gated) {
-        T* kept = gated + row * C;
+      T* kept = gated + row * C;
 #pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-          const float v = load(in[c]), u = load(up[c]);
-          const float g = Gate::gate(v, scale[c], shift[c], out, c, u);
-          store(kept[c], g);
-          sum[c] += g;
-          products[c] += g * (v - mean[c]);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-          const float v = load(in[c]), u = load(up[c]);
-          const float g = Gate::gate(v, scale[c], shift[c], out, c, u);
-          sum[c] += g;
-          products[c] += g * (v - mean[c]);
-        }
+      for (int64_t c = 0; c < C; c++) {
+        const float u = load(up[c]), g = load(out[c]) > 0.0f ? u : 0.0f;
+        store(kept[c], g);
+        sum[c] += g;
+        products[c] += g * (load(in[c]) - mean[c]);
       }
     }
     sums.add_block(thread, group);
@@ -246,7 +267,7 @@ void sum_gradients(const Layer& l, const T* x, const T* y, const T* dy, T* gated
 }
 
 // dx = scale * (g - mean(g) - (x - mean) * mean(g * (x - mean)) / (var + eps)), g behind the gate.
-template <class Gate, class T>
+template <class Passes, class T>
 void input_gradient(const Layer& l, const T* x, const T* dy, const float* slope,
                     const float* constant, T* dx) {
   const int64_t C = l.channels;
@@ -259,25 +280,24 @@ void input_gradient(const Layer& l, const T* x, const T* dy, const float* slope,
 #pragma omp simd
       for (int64_t c = 0; c < C; c++) {
         const float v = load(in[c]), u = load(up[c]);
-        const float g = Gate::gate(v, scale[c], shift[c], in, c, u);
+        const float g = Passes()(v, scale[c], shift[c]) ? u : 0.0f;
         store(out[c], scale[c] * g + a[c] * v + b[c]);
       }
     }
   });
 }
 
-// gated: as in sum_gradients; needed where the ReLU came after a shortcut.
-// dweight, dbias: [channels].
+// y, gated: where a shortcut was added before the ReLU; else null. dweight, dbias: [channels].
 template <class T>
 void backward(const Layer& l, const T* x, const T* y, const T* dy, T* dx, T* gated,
               float* dweight, float* dbias) {
   Sums sums(l);
   if (gated) {
-    sum_gradients<FromOutput>(l, x, y, dy, gated, sums);
+    sum_gated_gradients(l, x, y, dy, gated, sums);
   } else if (l.relu) {
-    sum_gradients<FromInput>(l, x, x, dy, gated, sums);
+    sum_gradients<Gate>(l, x, dy, sums);
   } else {
-    sum_gradients<Open>(l, x, x, dy, gated, sums);
+    sum_gradients<Open>(l, x, dy, sums);
   }
   const int64_t C = l.channels;
   const double n = values_per_group(l);
@@ -289,8 +309,8 @@ void backward(const Layer& l, const T* x, const T* y, const T* dy, T* dx, T* gat
     bias[i % C] += sum;
     weight[i % C] += product * inverse;
     const double a = -l.scale[i] * product * inverse * inverse / n;
-    slope[i] = float(a);
-    constant[i] = float(-l.scale[i] * sum / n - a * l.mean[i]);
+    slope[i] = plain(a);
+    constant[i] = plain(-l.scale[i] * sum / n - a * l.mean[i]);
   }
   for (int64_t c = 0; c < C; c++) {
     dweight[c] = float(weight[c]);
@@ -299,7 +319,7 @@ void backward(const Layer& l, const T* x, const T* y, const T* dy, T* dx, T* gat
   if (gated) {
     input_gradient<Open>(l, x, gated, slope.data(), constant.data(), dx);
   } else if (l.relu) {
-    input_gradient<FromInput>(l, x, dy, slope.data(), constant.data(), dx);
+    input_gradient<Gate>(l, x, dy, slope.data(), constant.data(), dx);
   } else {
     input_gradient<Open>(l, x, dy, slope.data(), constant.data(), dx);
   }

@@ -7,17 +7,19 @@ step that training uses.
 from __future__ import annotations
 
 import multiprocessing
+import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 from moco import distributed
 from moco.config import load_pretrain_config
 from moco.errors import ConfigError
-from moco.evaluation.memory import peak_rss_bytes
 from moco.methods import build_method
 from moco.seeding import derive_seed
 from moco.studies.plan import PlannedRun, Row, Study
@@ -113,7 +115,7 @@ def step_cost(
     cfg = load_pretrain_config(config_file, words)
     process = distributed.setup_process(device)
     cfg = resolve(cfg, process.device).cfg
-    before = peak_rss_bytes()
+    before = _peak_rss()
     torch.manual_seed(derive_seed(cfg.SEED, "init"))
     method = build_method(cfg, num_images).to(process.device)
     accelerate_(method, cfg)
@@ -137,8 +139,19 @@ def step_cost(
     if process.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = peak_rss_bytes() - before
+        peak = _peak_rss() - before
     return {"seconds": statistics.median(seconds[_WARM_UP:]), "gib": peak / _GIB}
+
+
+def _peak_rss() -> int:
+    """Peak bytes of this process. On Linux of its own pages: getrusage's figure starts from the
+    parent's, which may be larger than anything this process ever holds."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if found:
+            return int(found.group(1)) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def last_batch(costs: Sequence[dict], memory_limit: float) -> int | None:

@@ -69,30 +69,112 @@ class LARS(torch.optim.Optimizer):
         weight.sub_(buffer, alpha=group["lr"])
 
 
+class FusedSGD(torch.optim.SGD):
+    """torch's SGD in one pass over the memory, the same numbers, also for channels-last weights.
+
+    torch's own call of its kernel copies channels-last gradients on a CPU and then uses none of the
+    copies (2.14, FusedSGDKernel.cpp). As there, an update is left out where the attribute
+    `found_inf`, a scalar on the device, is 1.
+
+    Args:
+        parameters: tensors that may lack a gradient; those are left alone.
+        lr: learning rate. momentum, weight_decay: factors.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ):
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(parameters, **options, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        assert closure is None, "FusedSGD takes no closure"
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            gradients = [weight.grad for weight in weights]
+            buffers = [self._buffer(weight) for weight in weights] if group["momentum"] else []
+            torch._fused_sgd_(
+                *(list(map(_in_memory_order, part)) for part in (weights, gradients, buffers)),
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,  # from a buffer of zeros it gives what the first step does
+                found_inf=getattr(self, "found_inf", None),
+            )
+
+    def _buffer(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        return state["momentum_buffer"]
+
+
+def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """A view whose elements come in the order in which they lie in memory."""
+    if tensor.is_contiguous():
+        return tensor
+    assert tensor.is_contiguous(memory_format=torch.channels_last), tensor.stride()
+    return tensor.permute(0, 2, 3, 1)
+
+
 def build_optimizer(cfg: CfgNode, method: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer `cfg.TRAIN` names, over all parameters.
 
     "sgd": momentum, weight decay on all parameters (MoCo v1, section 4). "lars", "adamw": MoCo v3
-    for ResNets and ViTs; AdamW decays all parameters too.
+    for ResNets and ViTs; AdamW decays all parameters too. SGD and AdamW take one pass over the
+    memory, but with TRAIN.REFERENCE, where they are torch's default.
     The key encoder's parameters are listed, as in the reference, so that optimizer states can be
     exchanged with it; they have no gradient and are never stepped.
     """
-    train, parameters = cfg.TRAIN, method.parameters()
-    if train.OPTIMIZER == "lars":
-        return LARS(
-            parameters, lr=train.LR, momentum=train.SGD_MOMENTUM, weight_decay=train.WEIGHT_DECAY
-        )
+    train, parameters, fused = cfg.TRAIN, method.parameters(), not cfg.TRAIN.REFERENCE
     options = {"lr": train.LR, "weight_decay": train.WEIGHT_DECAY}
-    options["fused"] = None if train.REFERENCE else True  # torch's default, or one pass
     if train.OPTIMIZER == "adamw":
-        optimizer = torch.optim.AdamW(parameters, **options)
+        optimizer = torch.optim.AdamW(parameters, **options, fused=fused or None)
+    elif train.OPTIMIZER == "lars":
+        return LARS(parameters, momentum=train.SGD_MOMENTUM, **options)
     else:
-        optimizer = torch.optim.SGD(parameters, momentum=train.SGD_MOMENTUM, **options)
-    # A state brings the choice of the process that saved it.
-    optimizer.register_load_state_dict_post_hook(functools.partial(_set_fused, options["fused"]))
+        kind = FusedSGD if fused else torch.optim.SGD
+        optimizer = kind(parameters, momentum=train.SGD_MOMENTUM, **options)
+    # A loaded state brings the choice and the memory order of the process that saved it.
+    after_load = functools.partial(_after_load, fused or None)
+    optimizer.register_load_state_dict_post_hook(after_load)
+    if fused:
+        optimizer.register_step_pre_hook(_conform_gradients)
     return optimizer
 
 
-def _set_fused(fused: bool | None, optimizer: torch.optim.Optimizer) -> None:
+def _after_load(fused: bool | None, optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = fused, None
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == weight.shape:
+                state[name] = _lying_like(value, weight)
+
+
+def _conform_gradients(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    """torch's fused kernels on a CPU go through weights, gradients and state as they lie in memory,
+    whatever their order, and give nonsense where it differs. Autograd's gradients lie like their
+    weights; those a caller sets may not."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.grad = _lying_like(weight.grad, weight)
+
+
+def _lying_like(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`value`, or a copy of it in the memory order of `weight`."""
+    if value.stride() == weight.stride():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -17,7 +17,7 @@ from PIL import Image
 from moco.benchmarks.pictures import natural_picture
 from moco.data import augment_fast
 from moco.data.augment_device import apply_batch, crop_batch, table_row
-from moco.data.backends import BACKENDS
+from moco.data.augment_fast import crop, store
 
 SIZE = 64
 # (mean, 99.9th percentile, maximum), in levels of 0 .. 255. docs/AUGMENTATION.md has the measured
@@ -165,7 +165,7 @@ def test_a_batch_is_its_samples(pictures, name):
     drawn = [parameters(random.Random(n), *i.shape[1::-1]) for n, i in enumerate(pictures)]
     crops = torch.empty(len(pictures), 3, SIZE, SIZE, dtype=torch.uint8)
     for image, p, out in zip(pictures, drawn, crops.numpy(), strict=True):
-        BACKENDS["device"].write(ad.given_to("device", image), p, SIZE, out)
+        store(crop(ad.given_to("device", image), p, SIZE), out)
     table = torch.tensor([table_row(p) for p in drawn])
     before = crops.clone(), table.clone()
     views = apply_batch(crops, table)
@@ -205,7 +205,7 @@ def test_a_gpus_views_are_the_cpus(pictures, compiled):
     drawn = [parameters(random.Random(n), *i.shape[1::-1]) for n, i in enumerate(pictures)]
     crops = torch.empty(len(pictures), 3, SIZE, SIZE, dtype=torch.uint8)
     for image, p, out in zip(pictures, drawn, crops.numpy(), strict=True):
-        BACKENDS["device"].write(ad.given_to("device", image), p, SIZE, out)
+        store(crop(ad.given_to("device", image), p, SIZE), out)
     table = torch.tensor([table_row(p) for p in drawn])
     views = apply_batch(crops.cuda(), table, compiled=compiled).cpu()
     assert Distance.of(views.numpy(), apply_batch(crops, table).numpy()).within((0.01, 1, 6))

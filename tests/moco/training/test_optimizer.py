@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from moco.methods import build_method
-from moco.training.optimizer import LARS, build_optimizer
+from moco.training.optimizer import LARS, FusedSGD, build_optimizer
 
 LARS_OPTIONS = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
 
@@ -80,7 +80,7 @@ def test_state_resumes_and_a_missing_gradient_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("sgd", torch.optim.SGD), ("lars", LARS), ("adamw", torch.optim.AdamW)]
+    "name, kind", [("sgd", FusedSGD), ("lars", LARS), ("adamw", torch.optim.AdamW)]
 )
 def test_configuration_chooses_the_optimizer_over_all_parameters(name, kind):
     cfg = tiny.config(TRAIN__OPTIMIZER=name, TRAIN__LR=0.25, TRAIN__WEIGHT_DECAY=0.125)

@@ -1,0 +1,213 @@
+"""Compiled batch norm against torch's own, in float64 as the oracle; and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from moco.errors import ConfigError
+from moco.models import kernels
+from moco.models.backbone import build_backbone
+from moco.models.norm import SplitBatchNorm2d, norm_relu
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    try:
+        kernels.compile_kernels()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def make_norm(channels, groups):
+    norm = SplitBatchNorm2d(channels, num_splits=groups) if groups > 1 else None
+    norm = norm or nn.BatchNorm2d(channels)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(channels, generator=generator) + 0.5)
+        norm.bias.copy_(torch.randn(channels, generator=generator))
+    return norm
+
+
+def tensors(dtype, *, channels=37, mean=0.0, count=3, size=5):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(8, channels, size, size, generator=generator) for _ in range(count)]
+    made[0] = made[0] * 2 + mean
+    return [t.to(dtype).to(memory_format=torch.channels_last) for t in made]
+
+
+def run(norm, x, shortcut, upstream, relu):
+    """Everything the norm computes, by name."""
+    x = x.clone().requires_grad_()
+    shortcut = None if shortcut is None else shortcut.clone().requires_grad_()
+    y = norm_relu(norm, x * 1, shortcut, relu=relu)
+    y.backward(upstream)
+    seen = {"y": y, "dx": x.grad, "dweight": norm.weight.grad, "dbias": norm.bias.grad}
+    seen |= {name: getattr(norm, name) for name in ("running_mean", "running_var")}
+    if shortcut is not None:
+        seen["dshortcut"] = shortcut.grad
+    return {name: tensor.detach().double() for name, tensor in seen.items()}
+
+
+def differences(a, b):
+    assert a.keys() == b.keys()
+    return {name: ((a[name] - b[name]).abs().max() / b[name].abs().max()).item() for name in a}
+
+
+CASES = [(1, False, True), (1, True, True), (1, False, False), (4, False, True), (4, True, True)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("groups", "with_shortcut", "relu"), CASES)
+def test_equals_torch_in_float64(dtype, groups, with_shortcut, relu):
+    x, shortcut, upstream = tensors(dtype, mean=1.5)
+    shortcut = shortcut if with_shortcut else None
+    oracle = make_norm(37, groups).double()
+    expected = run(oracle, *(t if t is None else t.double() for t in (x, shortcut, upstream)), relu)
+    norm = make_norm(37, groups)
+    assert kernels.use_kernels_(norm) == 1
+    ours = run(norm, x, shortcut, upstream, relu)
+    found = differences(ours, expected)
+    assert max(found.values()) < TOLERANCE[dtype], found
+    assert norm.num_batches_tracked == 1
+    # Negative control: groups of other images.
+    other = run(make_norm(37, 2).double(), x.double(), *(
+        t if t is None else t.double() for t in (shortcut, upstream)), relu)  # fmt: skip
+    assert max(differences(other, expected).values()) > 0.05
+
+
+def test_a_large_mean_takes_no_digits_from_the_variance():
+    norm = make_norm(3, 1)
+    kernels.use_kernels_(norm)
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 1000
+    x = x.to(memory_format=torch.channels_last)
+    norm_relu(norm, x.clone(), relu=False)
+    exact = nn.BatchNorm2d(3).double()
+    exact(x.double())
+    torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
+
+
+def test_without_gradient_the_input_is_overwritten_and_the_result_the_same():
+    x, shortcut, _ = tensors(torch.float32)
+    norms = [make_norm(37, 1) for _ in range(2)]
+    for norm in norms:
+        kernels.use_kernels_(norm)
+    with_gradient = norm_relu(norms[0], x.clone().requires_grad_() * 1, shortcut)
+    with torch.no_grad():
+        given = x.clone(memory_format=torch.preserve_format)
+        without = norm_relu(norms[1], given, shortcut)
+    assert torch.equal(with_gradient, without) and without.data_ptr() == given.data_ptr()
+
+
+def test_other_memory_orders_and_numbers_of_threads():
+    x, shortcut, upstream = tensors(torch.float32, size=9)
+    norms = [make_norm(37, 4) for _ in range(3)]
+    for norm in norms:
+        kernels.use_kernels_(norm)
+    first = run(norms[0], x, shortcut, upstream, True)
+    plain = run(norms[1], *(t.contiguous() for t in (x, shortcut, upstream)), True)
+    assert max(differences(plain, first).values()) == 0
+    torch.set_num_threads(3)
+    try:
+        threads = run(norms[2], x, shortcut, upstream, True)
+    finally:
+        torch.set_num_threads(1)
+    assert max(differences(threads, first).values()) < 2e-6
+
+
+def test_nan_passes_and_infinity_becomes_nan():
+    for value in (torch.nan, torch.inf):
+        for dtype in TOLERANCE:
+            x, _, _ = tensors(dtype)
+            x[2, 5, 1, 1] = value
+            norm = make_norm(37, 1)
+            kernels.use_kernels_(norm)
+            y = norm_relu(norm, x)
+            assert y[:, 5].isnan().all() and not y[:, :5].isnan().any()
+
+
+def test_a_nan_of_any_bits_in_the_weights_is_seen():
+    """The last bits of this NaN would carry into its sign when it is rounded to bfloat16."""
+    ones = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
+    for dtype in TOLERANCE:
+        norm, (x, _, upstream) = make_norm(37, 1), tensors(dtype)
+        kernels.use_kernels_(norm)
+        norm.weight.data[5] = ones[0]
+        y = norm_relu(norm, x.requires_grad_() * 1)
+        y.backward(upstream)
+        for values in (y, x.grad):
+            assert values[:, 5].isnan().all() and not values[:, :5].isnan().any()
+
+
+def test_evaluation_is_torchs():
+    norm = make_norm(37, 4)
+    plain = copy.deepcopy(norm).eval()
+    kernels.use_kernels_(norm)
+    x, shortcut, _ = tensors(torch.float32)
+    expected = torch.relu(plain(x) + shortcut)
+    assert torch.equal(norm_relu(norm.eval(), x, shortcut), expected)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_whole_network(arch):
+    """Outputs, gradients and statistics are as near to float64's as torch's own float32."""
+    torch.manual_seed(0)
+    options = {"num_classes": 8, "width": 0.125, "stem": "cifar", "bn_splits": 2}
+    plain = build_backbone(arch, **options).to(memory_format=torch.channels_last)
+    exact, fast = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    num_norms = sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    assert kernels.use_kernels_(fast) == num_norms
+    x = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
+
+    def values(network, images):
+        output = network(images)
+        output.square().sum().backward()
+        gradients = {f"gradient of {n}": p.grad for n, p in network.named_parameters()}
+        statistics = {n: b.double() for n, b in network.named_buffers()}
+        return {"output": output.detach(), **gradients, **statistics}
+
+    oracle = values(exact, x.double())
+    rounding, found = (differences(values(net, x), oracle) for net in (plain, fast))
+    assert max(found.values()) < 5 * max(rounding.values())
+    assert max(rounding.values()) < 1e-2
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+def test_one_value_a_channel_is_refused_as_by_torch():
+    norm = make_norm(4, 2)
+    kernels.use_kernels_(norm)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(norm, torch.zeros(2, 4, 1, 1))
+    with pytest.raises(ConfigError, match="BN_SPLITS 2 does not divide the 3 images"):
+        norm_relu(norm, torch.zeros(3, 4, 2, 2))
+
+
+def test_other_types_are_refused():
+    norm = make_norm(4, 1)
+    kernels.use_kernels_(norm)
+    with pytest.raises(ValueError, match="takes float32, bfloat16 on a CPU, got torch.float64"):
+        norm_relu(norm, torch.zeros(2, 4, 3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("false", "does not compile batch_norm.cpp: no message"),
+        ("no-such-compiler", "cannot be run"),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line(monkeypatch, compiler, message):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(ConfigError, match=f"{message}.*TRAIN.COMPILE eager") as raised:
+        kernels._compiled.__wrapped__()
+    assert "\n" not in str(raised.value)
+
+
+def test_no_compiler_at_all(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="no C[+][+] compiler was found.*c[+][+], g[+][+]"):
+        kernels._compiled.__wrapped__()
