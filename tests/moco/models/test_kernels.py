@@ -172,7 +172,8 @@ def test_a_whole_network(arch):
     oracle = values(exact, x.double())
     rounding, found = (differences(values(net, x), oracle) for net in (plain, fast))
     assert max(found.values()) < 5 * max(rounding.values())
-    assert max(rounding.values()) < 1e-2
+    # Gradients of a deep network have kinks (ReLU) that either rounding may fall beside of.
+    assert rounding["output"] < 1e-2 and found["output"] < 1e-2
     assert list(fast.state_dict()) == list(plain.state_dict())
 
 
