@@ -32,6 +32,7 @@ from moco.training.optimizer import build_optimizer
 from moco.training.step import train_step
 
 Step = Callable[[int], None]
+_WARM_UP = 2
 
 REFERENCE, PLAIN, FLOAT32, FAST = "reference", "TRAIN.REFERENCE", "float32", "fast"
 LIGHTLY = "lightly"
@@ -131,8 +132,8 @@ def _serve_steps(pipe: Connection, side: str, words, device, threads) -> None:
     before = _peak(process.device)
     torch.manual_seed(derive_seed(cfg.SEED, "init"))
     step, facts = _BUILDERS[side](cfg, process)
-    step(0)  # compiles, tunes and allocates
-    started_from = 1
+    for number in range(_WARM_UP):  # compiles, tunes and allocates
+        step(number)
     while (message := pipe.recv())[0] != "stop":
         kind, *args = message
         if kind == "facts":
@@ -140,7 +141,7 @@ def _serve_steps(pipe: Connection, side: str, words, device, threads) -> None:
         elif kind == "peak":
             answer = _peak(process.device) - before
         else:
-            work = lambda number=args[0]: step(started_from + number)  # noqa: E731
+            work = lambda number=args[0]: step(_WARM_UP + number)  # noqa: E731
             answer = work() if kind == "step" else step_profile.profile(work, process.device)
         pipe.send(("done", answer))
 

@@ -143,6 +143,9 @@ class Trainer:
                 guard=self.guard, stop_requested=bool(received), measure=is_logged,
             )  # fmt: skip
             self.last_step = step + 1
+            if step == self.first_step and cfg.TRAIN.COMPILE == "torch":
+                seconds = time.monotonic() - started
+                self.say(f"torch.compile: the first batch and step took {seconds:.0f} s")
             if self.last_step % (cfg.TRAIN.RANK_CHECK_PERIOD or self.total_steps) == 0:
                 check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
             if is_logged:
