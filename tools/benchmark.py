@@ -2,7 +2,7 @@
 
     python tools/benchmark.py data [--data DIR] [--images 64] [--workers 1 2] [--rounds 9]
     python tools/benchmark.py step [--cases r50_112 r50_224 r18_32 r18_cifar] [--profile 3]
-    python tools/benchmark.py train [--data DIR] [--workers 1 2] [--steps 10] [--rounds 5]
+    python tools/benchmark.py train [--data DIR] [--workers 1 2] [--steps 20] [--rounds 5]
     python tools/benchmark.py evaluate [--images 4952] [--rounds 5]
     python tools/benchmark.py detection --config-file FILE [--rounds 20] [KEY VALUE ...]
     python tools/benchmark.py communication [--processes 2 4] [--arch resnet50] [--batch 8]
@@ -154,7 +154,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--data", metavar="DIR", help="images; default: generated JPEG files")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of the loader")
-    parser.add_argument("--steps", type=int, default=10, help="of each part and round")
+    parser.add_argument("--steps", type=int, default=20, help="of each part and round")
     parser.add_argument("--rounds", type=int, default=5, help="at least 3")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of a step; default: what workers leave")

@@ -30,7 +30,7 @@ class ReferenceStep(nn.Module):
     def __init__(self, cfg: CfgNode):
         super().__init__()
         self.temperature = cfg.MOCO.TEMPERATURE
-        self.encoder_q, self.encoder_k = _networks(cfg)
+        self.encoder_q, self.encoder_k = reference_networks(cfg)
         for key, query in zip(
             self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True
         ):
@@ -95,9 +95,9 @@ class ReferenceStep(nn.Module):
         self.queue_ptr[0] = (first + len(keys_BD)) % size
 
 
-def _networks(cfg: CfgNode) -> list[nn.Module]:
-    """torchvision's own where they have the form; ours for the CIFAR stem, split batch norm and
-    other widths, which the public code takes from elsewhere."""
+def reference_networks(cfg: CfgNode) -> list[nn.Module]:
+    """Query and key network: torchvision's own where it has the form; ours for the CIFAR stem,
+    split batch norm and other widths, which the public code takes from elsewhere."""
     model = cfg.MODEL
     if model.STEM == "imagenet" and model.BN_SPLITS == 1 and model.WIDTH == 1.0:
         kind = getattr(torchvision.models, model.ARCH)

@@ -36,7 +36,7 @@ _GROUPS = {
     "additions and multiplications (shortcuts; average and optimizer where they have no pass)": (
         "aten::add", "aten::mul", "aten::sub", "aten::div", "aten::_foreach",
     ),
-    "copies and casts": ("aten::copy_", "aten::clone", "aten::to", "aten::_to_copy", "Memcpy"),
+    "copies and casts": ("aten::copy_", "aten::clone", "aten::to", "aten::_to_copy"),
     "gradient norm": ("aten::linalg_vector_norm", "aten::norm"),
 }  # fmt: skip
 

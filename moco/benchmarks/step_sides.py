@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from moco import distributed
 from moco.benchmarks import step_profile
-from moco.benchmarks.reference_step import ReferenceStep
+from moco.benchmarks.reference_step import ReferenceStep, reference_networks
 from moco.cfgnode import CfgNode
 from moco.config import load_pretrain_config
 from moco.data.augment import normalize
@@ -200,8 +200,7 @@ def _lightly(cfg: CfgNode, process: ProcessInfo) -> tuple[Step, dict]:
 
     _require_moco(cfg)
     networks = []
-    for _ in range(2):
-        backbone = ReferenceStep(cfg).encoder_q
+    for backbone in reference_networks(cfg):
         dim = backbone.fc[0].in_features if cfg.MODEL.HEAD == "mlp" else backbone.fc.in_features
         backbone.fc = nn.Identity()
         networks.append((backbone, MoCoProjectionHead(dim, dim, cfg.MODEL.DIM)))

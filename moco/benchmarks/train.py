@@ -51,14 +51,14 @@ class Options:
     """What is measured.
 
     overrides: KEY VALUE pairs. workers: numbers of loader workers, one loop each. num_steps: of a
-    round; the loop does as many before, unmeasured. epoch_images: of the epoch over which a
-    checkpoint's cost is spread. threads: of the step on a CPU; None for the cores that the workers
-    leave, at least one.
+    round, the last of which is logged (20 is the default of LOG.PERIOD); the loop does as many
+    before, unmeasured. epoch_images: of the epoch over which a checkpoint's cost is spread.
+    threads: of the step on a CPU; None for the cores that the workers leave, at least one.
     """
 
     overrides: Sequence[str] = DEFAULT_WORDS
     workers: Sequence[int] = (1, 2)
-    num_steps: int = 10
+    num_steps: int = 20
     num_rounds: int = 5
     device: str = "cpu"
     threads: int | None = None
