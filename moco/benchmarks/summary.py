@@ -98,7 +98,8 @@ def plot(groups: list[tuple[str, dict[str, dict]]]) -> bytes:
         colours = ["0.6" if name == base else "C0" for name in rows]
         axes.barh(range(len(rows)), values, xerr=spread, color=colours, height=0.7, capsize=2)
         for place, value in enumerate(values):
-            axes.text(max(values) * 1.02, place, f"{value:.2f}", va="center", fontsize=8)
+            where = axes.get_yaxis_transform()  # beside the panel, clear of the spread
+            axes.text(1.01, place, f"{value:.2f}", va="center", fontsize=8, transform=where)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.set_title(f"{title} (times faster than {base})", fontsize=9, loc="left")
         axes.invert_yaxis()
