@@ -81,10 +81,11 @@ def test_a_stop_at_an_epochs_end_writes_one_checkpoint(uninterrupted, tmp_path):
 
 def test_a_killed_worker_is_one_line(uninterrupted, tmp_path):
     run = trainer(uninterrupted[0], tmp_path, DATA__NUM_WORKERS=1)
+    others = set(multiprocessing.active_children())  # that earlier tests of the session left
 
     class Kill:
         def on_step(self, record):
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.kill()
                 child.join()
 
