@@ -92,7 +92,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises: OSError or ValueError where PIL cannot read it.
     """
     try:
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise OSError("is no regular file")  # Image.open would wait for a pipe
         with Image.open(path) as image:
             width, height = image.size
