@@ -1,4 +1,4 @@
-"""What the fault campaign observed, a line a test, for the table of docs/RELIABILITY.md."""
+"""What the fault campaign observed, a line a test, in the file that RELIABILITY_RECORD names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-RECORD = "RELIABILITY_RECORD"  # environment variable: the file that print_table.py reads
+RECORD = "RELIABILITY_RECORD"  # environment variable: a file to add lines to
 
 
 @pytest.fixture
