@@ -121,6 +121,13 @@ def _check_model(cfg: CfgNode, where: str) -> None:
 
 
 def _check_run(cfg: CfgNode, where: str) -> None:
+    for key in ("TRAIN", "TEST", "VOC_CLASSES"):
+        value = cfg.DATASETS[key]
+        ok = all(isinstance(name, str) for name in value)
+        _require(ok, where, f"DATASETS.{key}", value, "names")
+    decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
+    ok = decay is None or _are_numbers([decay])
+    _require(ok, where, "SOLVER.WEIGHT_DECAY_BIAS", decay, "a number, or None for no own one")
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD", "PROGRESS_PERIOD"):
         value = cfg.SOLVER[key]
         _require(value >= 1, where, f"SOLVER.{key}", value, "1 or more")

@@ -8,11 +8,13 @@ identifies a configuration.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import yaml
 from fvcore.common.config import CfgNode as _FvcoreNode
@@ -46,10 +48,10 @@ def load_config(
     if config_file:
         tree = _load_yaml_chain(config_file, seen=())
         _check_keys(tree, defaults, where=config_file)
-        try:
+        with _as_config_error(config_file):
             cfg.merge_from_other_cfg(CfgNode(tree))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{config_file}: {_one_line(error)}") from error
+        for key in flatten(tree):
+            _check_value(get_key(cfg, key), get_key(defaults, key), f"{config_file}: {key}")
     overrides = list(overrides)
     if len(overrides) % 2:
         raise ConfigError(
@@ -58,10 +60,9 @@ def load_config(
         )
     for key, value in zip(overrides[0::2], overrides[1::2], strict=True):
         _check_keys(_nest(key, value), defaults, where="command line")
-        try:
+        with _as_config_error(f"command line: {key}"):
             cfg.merge_from_list([key, value])
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ConfigError(f"command line: {key}: {_one_line(error)}") from error
+        _check_value(get_key(cfg, key), get_key(defaults, key), f"command line: {key}")
     cfg.freeze()
     return cfg
 
@@ -117,6 +118,8 @@ def dump_yaml(cfg: CfgNode) -> str:
 
 
 def _load_yaml_chain(path: str, seen: tuple[str, ...]) -> dict:
+    if "\0" in path:
+        raise ConfigError(f"{path}: is no path; give an existing .yaml file")
     real = os.path.realpath(path)
     if real in seen:
         raise ConfigError(f"{path}: _BASE_ refers back to itself ({' -> '.join([*seen, real])})")
@@ -144,12 +147,35 @@ def _merge(base: dict, child: dict) -> dict:
     return out
 
 
-def _check_keys(tree: dict, known: CfgNode, where: str, prefix: str = "") -> None:
+def did_you_mean(given: object, known: Iterable[str], tree: dict | None = None) -> str:
+    """" (did you mean 'QUEUE_SIZE'?)" for an unknown key; "" where no known one is like it.
+
+    Args:
+        known: the keys allowed where it was given.
+        tree: all keys, nested: where `known` has none like it, one of these may be meant.
+    """
+    known = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(given)[:100].lower(), known, n=1)
+    if close:
+        return f" (did you mean {known[close[0]]!r}?)"
+    by_end: dict[str, str] = {}
+    for dotted in flatten(tree or {}):
+        by_end.setdefault(dotted.rpartition(".")[2].lower(), dotted)
+    close = difflib.get_close_matches(str(given)[-100:].rpartition(".")[2].lower(), by_end, n=1)
+    if not close:
+        return ""
+    section, _, last = by_end[close[0]].rpartition(".")
+    return f" (did you mean {last!r} under {section or 'the top'}?)"
+
+
+def _check_keys(
+    tree: dict, known: CfgNode, where: str, prefix: str = "", root: CfgNode | None = None
+) -> None:
+    root = known if root is None else root
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(key, known, root)
             under = f"under {prefix[:-1]}" if prefix else "at the top"
             raise ConfigError(
                 f"{where}: unknown key {dotted!r}{hint}. "
@@ -159,7 +185,51 @@ def _check_keys(tree: dict, known: CfgNode, where: str, prefix: str = "") -> Non
             needed = "a mapping of keys" if isinstance(known[key], dict) else "a single value"
             raise ConfigError(f"{where}: {dotted!r} is given as {value!r}, {needed} is needed")
         if isinstance(value, dict):
-            _check_keys(value, known[key], where, prefix=f"{dotted}.")
+            _check_keys(value, known[key], where, f"{dotted}.", root)
+
+
+def _check_value(value: object, default: object, where: str) -> None:
+    """What fvcore's types let pass: null for any value, and anything in a list."""
+    allowed = None
+    if value is None and default is not None:
+        allowed = f"a value like {default!r}"
+    elif not all(map(_is_ordinary, _scalars(value))):
+        allowed = f"finite numbers of 64 bits, like {default!r}"
+    elif isinstance(default, list | tuple):
+        kinds = {_kind(item) for item in _scalars(default)}
+        if len(kinds) == 1 and not {_kind(item) for item in _scalars(value)} <= kinds:
+            allowed = f"{kinds.pop()}s only, like {default!r}"
+    if allowed:
+        given = f"{value!r:.200}" if all(map(_is_ordinary, _scalars(value))) else "another number"
+        raise ConfigError(f"{where} is {given}; allowed: {allowed}; change the value")
+
+
+def _scalars(value: object) -> list:
+    if isinstance(value, list | tuple):
+        return [scalar for item in value for scalar in _scalars(item)]
+    return [value]
+
+
+def _is_ordinary(value: object) -> bool:
+    """Not NaN or infinite, and of a size that can be written as JSON and computed with."""
+    if isinstance(value, int):
+        return -(1 << 63) <= value < 1 << 63
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "number"
+    return {"str": "text"}.get(type(value).__name__, type(value).__name__)
+
+
+@contextlib.contextmanager
+def _as_config_error(where: str) -> Iterator[None]:
+    """fvcore reads text as Python literals, which can fail in all these ways."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:1000]}") from error
 
 
 def _nest(dotted: str, value: object) -> dict:
@@ -167,7 +237,3 @@ def _nest(dotted: str, value: object) -> dict:
     for part in reversed(dotted.split(".")):
         tree = {part: tree}
     return tree
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -15,6 +15,7 @@ from moco.errors import ConfigError
 DIGEST_EXCLUDE = (
     "DATA.NUM_WORKERS",
     "DATA.MAX_BAD_FRACTION",
+    "DATA.WORKER_TIMEOUT",
     "TRAIN.RANK_CHECK_PERIOD",
     "CHECKPOINT",
     "LOG",
@@ -67,6 +68,7 @@ def get_defaults() -> CfgNode:
             MEAN=(0.485, 0.456, 0.406),
             STD=(0.229, 0.224, 0.225),
             NUM_WORKERS=4,  # per process
+            WORKER_TIMEOUT=300,  # seconds in which no worker gets any further; 0: wait for ever
             ORDER="uniform",  # or "blocks": packed images, read block by block (PACKED_DATA.md)
             BLOCK_SIZE=256,  # images that lie together, of "blocks"
             BLOCKS_IN_FLIGHT=64,  # blocks that are mixed at any moment
@@ -88,7 +90,7 @@ def get_defaults() -> CfgNode:
             WARMUP_EPOCHS=0,  # of "cosine_by_step"
             SGD_MOMENTUM=0.9,  # of "sgd" and "lars"
             WEIGHT_DECAY=1e-4,
-            RANK_CHECK_PERIOD=200,  # steps between comparisons of the ranks; 0: at checkpoints
+            RANK_CHECK_PERIOD=50,  # steps between comparisons of the ranks; 0: at checkpoints
             # How a step is computed (docs/PERFORMANCE.md). None: the machine decides, and says so.
             REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next three
             AMP=None,  # bfloat16 autocast; logits, loss and weights stay float32
@@ -141,6 +143,7 @@ _AT_LEAST = {
     "MOCO_V3.PREDICTOR_LAYERS": 1,
     "DATA.SIZE": 1,
     "DATA.NUM_WORKERS": 0,
+    "DATA.WORKER_TIMEOUT": 0,
     "DATA.BLOCK_SIZE": 1,
     "DATA.BLOCKS_IN_FLIGHT": 1,
     "TRAIN.EPOCHS": 1,
@@ -169,7 +172,9 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
     where = config_file or "command line"
     for key, allowed in _CHOICES.items():
         listed = ", ".join(map(str, allowed))
-        _require(where, key, get_key(cfg, key), get_key(cfg, key) in allowed, listed)
+        value = get_key(cfg, key)
+        ok = any(type(value) is type(one) and value == one for one in allowed)  # 1 is no True
+        _require(where, key, value, ok, listed)
     for key, least in _AT_LEAST.items():
         _require(where, key, get_key(cfg, key), get_key(cfg, key) >= least, f"{least} or more")
     for key in _POSITIVE:
@@ -178,12 +183,25 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
     last = cfg.TRAIN.EPOCHS - 1 if by_step else 0
     allowed = "less than TRAIN.EPOCHS, and 0 unless TRAIN.SCHEDULE is cosine_by_step"
     _require(where, "TRAIN.WARMUP_EPOCHS", warmup, warmup <= last, allowed)
+    _check_pixels(where, cfg)
     _check_augment(where, cfg)
     _check_bad_images(where, cfg)
-    for key in ("MOCO.MOMENTUM", "MEMORY_BANK.MOMENTUM"):
+    for key in ("MOCO.MOMENTUM", "MEMORY_BANK.MOMENTUM", "TRAIN.SGD_MOMENTUM"):
         momentum = get_key(cfg, key)
         _require(where, key, momentum, 0 <= momentum < 1, "0 <= momentum < 1")
     return cfg
+
+
+def _check_pixels(where: str, cfg: CfgNode) -> None:
+    data = cfg.DATA
+    _require(where, "DATA.MEAN", data.MEAN, len(data.MEAN) == 3, "three numbers")
+    ok = len(data.STD) == 3 and all(value > 0 for value in data.STD)
+    _require(where, "DATA.STD", data.STD, ok, "three numbers above 0")
+    ok = len(data.CROP_SCALE) == 2 and 0 < data.CROP_SCALE[0] <= data.CROP_SCALE[-1] <= 1
+    _require(where, "DATA.CROP_SCALE", data.CROP_SCALE, ok, "two shares of the area, ascending")
+    blur = data.BLUR_PROBABILITY
+    _require(where, "DATA.BLUR_PROBABILITY", blur, blur == OWN_VALUE or 0 <= blur <= 1,
+             f"0 to 1, or {OWN_VALUE:g}: the recipe's own")  # fmt: skip
 
 
 def _check_augment(where: str, cfg: CfgNode) -> None:

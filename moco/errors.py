@@ -9,14 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 EXIT_USER_ERROR = 2
+_LONGEST = 4000  # characters of a message
 
 
 class MocoError(ValueError):
-    """Base of all errors caused by what the user gave: files, keys, flags, machine."""
+    """Base of all errors caused by what the user gave: files, keys, flags, machine.
+
+    Names and values in a message come from files of strangers: line ends and what steers a
+    terminal are escaped, and a message longer than 4000 characters loses its middle.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(_one_line(message))
 
 
 class ConfigError(MocoError):
@@ -39,8 +48,18 @@ class NonFiniteError(MocoError):
     """Training produced NaN or Inf; nothing was updated with it."""
 
 
+def _one_line(message: str) -> str:
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST - 1000]} ... {message[-900:]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+
+
 @contextlib.contextmanager
-def dead_worker_as_data_error(setting: str) -> Iterator[None]:
+def dead_worker_as_data_error(
+    setting: str, doing: Callable[[list[int]], str] = lambda pids: ""
+) -> Iterator[None]:
     """Turn torch's report of a dead loader worker into a DataError.
 
     torch raises it from a signal handler: wherever the main thread is, not only in next(). So the
@@ -48,21 +67,27 @@ def dead_worker_as_data_error(setting: str) -> Iterator[None]:
 
     Args:
         setting: the config key of the number of workers, for the remedy.
+        doing: what the processes with these numbers were at, in words.
     """
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # "DataLoader worker (pid 7) is killed ...", "(pid(s) 7, 8) exited ..."; an exception that
+        # was raised in a worker, "Caught X in DataLoader worker process 0", is no death.
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if found is None:
             raise
-        raise dead_worker_error(error, setting) from error
+        pids = [int(number) for number in found.group(1).split(",")]
+        raise dead_worker_error(error, setting, doing(pids)) from error
 
 
-def dead_worker_error(error: Exception, setting: str) -> DataError:
+def dead_worker_error(error: Exception, setting: str, doing: str = "") -> DataError:
     """The one line about a loader worker that died, torch's reason included."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    doing = f"{doing}; " if doing else ""
     return DataError(
-        f"training data: a worker process died ({reason}); give more memory or shared memory "
-        f"(docker: --shm-size), or set {setting} 0"
+        f"training data: a worker process died ({reason}); {doing}give more memory or shared "
+        f"memory (docker: --shm-size), or set {setting} 0"
     )
 
 

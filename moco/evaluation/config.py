@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from moco.cfgnode import CfgNode, get_key, load_config
@@ -111,7 +112,14 @@ def load_linear_config(config_file: str | None, overrides: Sequence[str] = ()) -
     require("DATA.RESIZE", cfg.DATA.RESIZE in (0,) or cfg.DATA.RESIZE >= cfg.DATA.SIZE,
             f"0, or DATA.SIZE ({cfg.DATA.SIZE}) or more")  # fmt: skip
     for key in ("DATA.MEAN", "DATA.STD"):
-        require(key, len(get_key(cfg, key)) in (0, 3), "three numbers, or ()")
+        value, floor = get_key(cfg, key), 0 if key == "DATA.STD" else -math.inf
+        ok = len(value) in (0, 3)
+        ok = ok and all(type(v) in (int, float) and floor < v < math.inf for v in value)
+        require(key, ok, f"three numbers{' above 0' if floor == 0 else ''}, or ()")
+    scale = cfg.DATA.CROP_SCALE
+    ok = len(scale) == 2 and 0 < scale[0] <= scale[-1] <= 1
+    require("DATA.CROP_SCALE", ok, "two shares of the area, ascending")
+    require("DATA.FLIP_PROBABILITY", 0 <= cfg.DATA.FLIP_PROBABILITY <= 1, "0 to 1")
     both = bool(cfg.DATA.LABELS_LIST) and cfg.DATA.LABELS_FRACTION < 1
     require("DATA.LABELS_FRACTION", not both, "1.0 together with DATA.LABELS_LIST")
     return cfg

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,13 +87,16 @@ def load_study(path: str, config_file: str | None = None) -> Study:
     _need_keys(tree, _KEYS, {"TITLE", "CONFIG", "RUNS"}, path)
     if not isinstance(tree["RUNS"], list) or not tree["RUNS"]:
         raise ConfigError(f"{path}: RUNS is {tree['RUNS']!r}; a list of runs is needed")
+    for key in ("TITLE", "CONFIG", "SOURCE"):
+        if not isinstance(tree.get(key, ""), str):
+            raise ConfigError(f"{path}: {key} is {tree[key]!r:.200}; text is needed")
     rows = tuple(_row(entry, f"{path}: RUNS[{i}]") for i, entry in enumerate(tree["RUNS"]))
     folders = [_slug(row.name) for row in rows]
     twice = next((row.name for row in rows if folders.count(_slug(row.name)) > 1), None)
     if twice is not None:
         raise ConfigError(f"{path}: two runs are named like {twice!r}; give each its own name")
-    own = str(Path(path).parent / str(tree["CONFIG"]))
-    return Study(str(tree["TITLE"]), str(tree.get("SOURCE", "")), config_file or own, rows)
+    own = str(Path(path).parent / tree["CONFIG"])
+    return Study(tree["TITLE"], tree.get("SOURCE", ""), config_file or own, rows)
 
 
 def plan_runs(study: Study, seeds: Sequence[int], overrides: Sequence[str]) -> list[PlannedRun]:
@@ -124,7 +128,10 @@ def _planned(
     words = [*overrides, "SEED", str(seed)]
     for key, value in row.keys.items():
         words += [key, str(_resolve(study, row, key, value, base))]
-    cfg = load_pretrain_config(study.config_file, words)
+    try:
+        cfg = load_pretrain_config(study.config_file, words)
+    except ConfigError as error:
+        raise ConfigError(f"run {row.name!r}: {error}") from error
     digest = cfgnode.digest(cfg, _DIGEST_EXCLUDE)
     return PlannedRun(row.name, seed, f"{_slug(row.name)}/seed_{seed}", tuple(words), cfg, digest)
 
@@ -133,13 +140,14 @@ def _resolve(study: Study, row: Row, key: str, value: object, base: CfgNode) -> 
     if not isinstance(value, dict):
         return value
     where = f"run {row.name!r}: {key}"
-    if set(value) != {"times"} or not isinstance(value["times"], int | float):
+    if set(value) != {"times"} or not _is_number(value["times"]):
         raise ConfigError(f"{where} is {value!r}; allowed: a value, or {{times: NUMBER}}")
     try:
         old = cfgnode.get_key(base, key)
     except KeyError as error:
-        raise ConfigError(f"{where}: there is no such key in {study.config_file}") from error
-    if isinstance(old, bool) or not isinstance(old, int | float):
+        hint = cfgnode.did_you_mean(key, (), base)
+        raise ConfigError(f"{where}: unknown key{hint} in {study.config_file}") from error
+    if not _is_number(old):
         raise ConfigError(f"{where}: {{times: ...}} needs a number, {key} is {old!r}")
     return type(old)(old * value["times"])
 
@@ -150,9 +158,14 @@ def _row(entry: object, where: str) -> Row:
     for name, value in (("SET", keys), ("PUBLISHED", published)):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {name} is {value!r}; a mapping is needed")
-    wrong = [v for v in published.values() if isinstance(v, bool) or not isinstance(v, int | float)]
+    wrong = [v for v in published.values() if not _is_number(v)]
     if wrong:
-        raise ConfigError(f"{where}: PUBLISHED holds {wrong[0]!r}; numbers are needed")
+        raise ConfigError(f"{where}: PUBLISHED holds {wrong[0]!r:.200}; numbers are needed")
+    odd = [key for key in keys if not isinstance(key, str)]
+    if odd:
+        raise ConfigError(f"{where}: SET holds the key {odd[0]!r:.200}; dotted names are needed")
+    if not (isinstance(entry["NAME"], str) or _is_number(entry["NAME"])):
+        raise ConfigError(f"{where}: NAME is {entry['NAME']!r:.200}; text is needed")
     return Row(str(entry["NAME"]), keys, {str(k): float(v) for k, v in published.items()})
 
 
@@ -161,8 +174,15 @@ def _need_keys(tree: object, known: set[str], needed: set[str], where: str) -> N
         raise ConfigError(f"{where}: holds {type(tree).__name__}, a mapping of keys is needed")
     unknown, missing = sorted(map(str, tree.keys() - known)), sorted(needed - tree.keys())
     if unknown or missing:
-        problem = f"unknown key {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        problem = f"lacks {missing[0]!r}" if missing else ""
+        if unknown:
+            problem = f"unknown key {unknown[0]!r}{cfgnode.did_you_mean(unknown[0], known)}"
         raise ConfigError(f"{where}: {problem}; known keys: {', '.join(sorted(known))}")
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _slug(name: str) -> str:

@@ -189,7 +189,7 @@ def test_class_names_from_the_result_or_the_configuration(trained, tmp_path):
 def test_class_names_of_a_configuration_alone(trained, tmp_path):
     weights = tmp_path / "model.pth"
     shutil.copy(trained / "model_final.pth", weights)
-    text = (trained / "config.yaml").read_text().replace("/nowhere/data", "")
+    text = (trained / "config.yaml").read_text().replace("/nowhere/data", "''")
     config = tmp_path / "voc.yaml"
     config.write_text(
         text.replace("- test", "- voc_2007_test").replace("NUM_CLASSES: 3", "NUM_CLASSES: 20")

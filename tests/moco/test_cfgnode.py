@@ -30,6 +30,14 @@ def test_base_file_then_file_then_command_line(tmp_path):
     [
         ("A: {QUEUE_SISE: 3}", [], "unknown key 'A.QUEUE_SISE' .did you mean 'QUEUE_SIZE'"),
         ("C: 1", [], "unknown key 'C'. Known keys at the top: A, B"),
+        ("QUEUE_SIZE: 1", [], "unknown key 'QUEUE_SIZE' .did you mean 'QUEUE_SIZE' under A.."),
+        ("", ["a.queue_size", "1"], "unknown key 'a' .did you mean 'A'"),
+        ("A: {RATE: null}", [], "c.yaml: A.RATE is None; allowed: a value like 0.1"),
+        ("A: {RATE: .inf}", [], "A.RATE is another number; allowed: finite numbers"),
+        ("", ["A.QUEUE_SIZE", str(1 << 63)], "QUEUE_SIZE is another number; allowed: .*64 bits"),
+        ("", ["A.NAMES", "(1,)"], "command line: A.NAMES is .1,.; allowed: texts only"),
+        ("", ["A.RATE", "-" * 5000], "command line: A.RATE"),
+        ('_BASE_: "a\\0"', [], "is no path"),
         ("A: 3", [], "'A' is given as 3, a mapping of keys is needed"),
         ("A: {QUEUE_SIZE: many}", [], "c.yaml.*QUEUE_SIZE"),
         ("A: [", [], "not valid YAML"),
@@ -55,6 +63,13 @@ def bomb(levels=9):
     return "\n".join(lines)
 
 
+def merge_bomb(levels=9):
+    """PyYAML before 6.0.4 unfolds it; later ones keep one of equal pairs."""
+    lines = ["a0: &a0 {" + ", ".join(f"k{i}: 1" for i in range(10)) + "}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -68,9 +83,15 @@ def bomb(levels=9):
         ("B: \x00", "not valid YAML"),
         ("_BASE_: [a.yaml]", "_BASE_ is .'a.yaml'., the path of a YAML file is needed"),
         ("? [a, b]\n: c", "not valid YAML"),
+        ("B: !!bool x", "not valid YAML: its value is no bool.*line 1"),
+        ('B: !!int ""', "its value is no int"),
+        ("B: " + "1:" * 100_000 + "1", "a number of 200001 characters"),
+        ("A: {<<: {RATE: 1}, <<: {RATE: 2}}", "duplicate key '<<'"),
+        (merge_bomb(), "merge keys unfold|unknown key"),
     ],
     ids=["duplicate", "duplicate at the top", "tag", "bomb", "self-reference", "deep", "large",
-         "binary", "list as base", "list as key"],
+         "binary", "list as base", "list as key", "text as bool", "nothing as int",
+         "base 60", "merged twice", "merge bomb"],
 )  # fmt: skip
 def test_hostile_yaml_is_refused_in_one_line(tmp_path, text, message):
     path = write(tmp_path / "c.yaml", text)
