@@ -106,6 +106,8 @@ def _unit(match: re.Match) -> str:
 
 
 def _without_background(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.dim():
+        return tensor  # of no detector: refused once its shape is compared
     if name.startswith("cls_score."):
         return torch.cat([tensor[1:], tensor[:1]])
     if name.startswith("bbox_pred."):

@@ -9,6 +9,7 @@ that the source network gives (`self_check.py`).
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -198,7 +199,9 @@ def _pixel_statistics(content: object, where: str) -> tuple[tuple[float, ...], t
     try:
         data = extra["config"]["DATA"]
         mean, std = (tuple(round(255 * v, 4) for v in data[key]) for key in ("MEAN", "STD"))
-    except (KeyError, TypeError) as error:
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)):
+            raise ValueError("three finite numbers are needed")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: its config has no usable DATA.MEAN and DATA.STD ({error!r}); "
             "give a checkpoint of tools/pretrain.py"

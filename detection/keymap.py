@@ -24,7 +24,7 @@ _BASIC_BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
 
 _NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 _NORM = "|".join(_NORM_ENTRIES)
-_BLOCK = r"(?P<block>0|[1-9]\d*)"
+_BLOCK = r"(?P<block>0|[1-9][0-9]{0,3})"
 _TORCHVISION = re.compile(
     rf"(?:layer(?P<stage>[1-4])\.{_BLOCK}\.)?"
     rf"(?:conv(?P<conv>[123])\.weight|bn(?P<bn>[123])\.(?P<norm>{_NORM})"

@@ -22,6 +22,10 @@ from moco.training.checkpoint import read_torch_file
 ZOO = "detectron2://"
 _ZOO_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 _CONVERT_FIRST = "convert it first with tools/convert_to_d2.py"
+_KEEP_WEIGHTS = (
+    "where it was written, keep the weights alone: "
+    "torch.save({'model': torch.load(FILE, weights_only=False)['model']}, OUT)"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def read_weights_file(path: str | os.PathLike) -> WeightsFile:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         author = fields.get("__author__")
     else:
-        content = _read_torch(path)
+        content = read_torch_file(path, _KEEP_WEIGHTS)
         tensors = _model_of(content, path)
         author = content.get("__author__")
     if author == caffe2_names.AUTHOR or caffe2_names.has_caffe2_names(tensors):
@@ -89,18 +93,6 @@ def read_weights_file(path: str | os.PathLike) -> WeightsFile:
         return WeightsFile(tensors, dropped, fused)
     _refuse_unconverted(tensors, path)
     return WeightsFile(tensors)
-
-
-def _read_torch(path: Path) -> object:
-    try:
-        return read_torch_file(path)
-    except CheckpointError as error:
-        if "other than tensors" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{error}; where it was written, keep the weights alone: "
-            "torch.save({'model': torch.load(FILE, weights_only=False)['model']}, OUT)"
-        ) from error
 
 
 def _model_of(content: object, path: Path) -> dict[str, torch.Tensor]:

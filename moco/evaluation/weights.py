@@ -7,6 +7,7 @@ checkpoint of tools/pretrain.py, one of the reference, torchvision's names, othe
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def pretrained_from(
         start = f"{found.prefix}{HEAD}"
         own = {n: t for n, t in named_tensors(content, where).items() if n.startswith(start)}
         head = {name.removeprefix(found.prefix): tensor.detach() for name, tensor in own.items()}
-    size, mean, std = _trained_with(content)
+    size, mean, std = _trained_with(content, where)
     return Pretrained(
         path=where,
         sha256=sha256,
@@ -170,14 +171,30 @@ def pretrained_from(
     )
 
 
-def _trained_with(content: object) -> tuple[int | None, tuple | None, tuple | None]:
-    """Size, mean and std of the images, of a checkpoint of tools/pretrain.py."""
-    extra = content.get("extra") if isinstance(content, Mapping) else None
-    config = (extra or {}).get("config") or {}
-    data = config.get("DATA") if "MODEL" in config else None
-    if data is None:
-        return None, None, None
-    return data["SIZE"], tuple(data["MEAN"]), tuple(data["STD"])
+def _trained_with(
+    content: object, where: str
+) -> tuple[int | None, tuple | None, tuple | None]:
+    """Size, mean and std of the images, of a checkpoint of tools/pretrain.py; None of another.
+
+    Raises: CheckpointError where its configuration lacks them.
+    """
+    found = content
+    for name in ("extra", "config", "DATA"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+        if name == "config" and not (isinstance(found, Mapping) and "MODEL" in found):
+            return None, None, None
+    data = found if isinstance(found, Mapping) else {}
+    size, pixels = data.get("SIZE"), [data.get(name) for name in ("MEAN", "STD")]
+    ok = type(size) is int and size > 0
+    for values in pixels:
+        ok = ok and isinstance(values, list | tuple) and len(values) == 3
+        ok = ok and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    if not ok or 0 in pixels[1]:
+        raise CheckpointError(
+            f"{where}: its config has no usable DATA.SIZE, DATA.MEAN and DATA.STD; give a "
+            "checkpoint of tools/pretrain.py"
+        )
+    return size, tuple(pixels[0]), tuple(pixels[1])
 
 
 def _options(network: Network, where: str) -> dict[str, object]:

@@ -25,6 +25,7 @@ from typing import BinaryIO
 import torch
 
 from moco.errors import CheckpointError
+from moco.training.plain_content import odd_part
 
 EPOCH_FILE = re.compile(r"^checkpoint_(\d{4,})\.pth\.tar$")
 STEP_FILE = re.compile(r"^checkpoint_step_(\d+)\.pth\.tar$")
@@ -93,7 +94,8 @@ def _umask() -> int:
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    data = text.encode()
+    write_atomic(path, lambda file: file.write(data), num_bytes=len(data))
 
 
 def write_json_atomic(path: str | os.PathLike, content: object) -> None:
@@ -106,7 +108,7 @@ def read_json(path: str | os.PathLike) -> object:
         return json.loads(Path(path).read_text())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for deep nesting
         raise CheckpointError(f"{path}: is no valid JSON ({error}); restore it") from error
 
 
@@ -169,24 +171,31 @@ def step_in_manifest(path: str | os.PathLike) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def read_torch_file(path: str | os.PathLike) -> object:
+def read_torch_file(path: str | os.PathLike, advice: str = "") -> object:
     """`torch.load` on the CPU with `weights_only=True`: tensors and plain values, never code.
 
+    Args:
+        advice: ends the message about other objects: how to write a file without them.
     Raises: CheckpointError for a file that is missing, damaged or holds other objects.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: there is no such file; give the path of a checkpoint file")
     refuse_compressed(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             found = re.search(r"GLOBAL (\S+)", str(error))
             first = f" (first: {found.group(1)})" if found else ""
             reason = f"it holds objects other than tensors and plain values{first}"
+            reason += f"; {advice}" if advice else ""
         else:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise CheckpointError(f"{path}: is not a readable checkpoint, {reason}") from error
+    odd = odd_part(content)
+    if odd:
+        raise CheckpointError(f"{path}: is not a readable checkpoint, {odd}; give another file")
+    return content
 
 
 def refuse_compressed(path: str | os.PathLike) -> None:
@@ -292,6 +301,27 @@ def latest_verified(
         except CheckpointError as error:
             refused.append((path, str(error)))
     return None, None, refused
+
+
+def find_checkpoint(
+    run_dir: str | os.PathLike, resume: bool, say: Callable[[str], None]
+) -> Path | None:
+    """The newest checkpoint of a run that verifies, to continue from; None where there is none.
+
+    Args:
+        say: receives why others were refused.
+    Raises: CheckpointError where the folder holds a run and it is not to be resumed.
+    """
+    found = checkpoint_files(run_dir)
+    if found and not resume:
+        raise CheckpointError(
+            f"{run_dir}: already holds {len(found)} checkpoints of a run; add --resume to continue "
+            "it, or give another --output-dir"
+        )
+    path, _, refused = latest_verified(run_dir)
+    for _, reason in refused:
+        say(f"refused: {reason}")
+    return path
 
 
 def remove_checkpoint(path: str | os.PathLike) -> None:

@@ -246,10 +246,9 @@ def _check_tensor(name: str, canonical: str, value: object, where: str) -> None:
 
 def _vissls_parts(content: Mapping) -> dict[str, object] | None:
     """Names of a VISSL checkpoint as the layout's row has them; None for another file."""
-    try:
-        parts = content["classy_state_dict"]["base_model"]["model"]
-    except (KeyError, TypeError):
-        return None
+    parts: object = content
+    for name in ("classy_state_dict", "base_model", "model"):
+        parts = parts.get(name) if isinstance(parts, Mapping) else None
     if not isinstance(parts, Mapping):
         return None
     loss = content.get("loss")
@@ -263,10 +262,15 @@ def _joined(parts: object, before: str = "", levels: int = 4) -> dict[str, objec
     elif isinstance(parts, list | tuple) and levels:
         items = enumerate(parts)
     else:
-        return {before.rstrip("."): parts}
+        return {before.removesuffix("."): parts}
     joined: dict[str, object] = {}
     for name, part in items:
-        joined.update(_joined(part, f"{before}{name}.", levels - 1))
+        for full, value in _joined(part, f"{before}{name}.", levels - 1).items():
+            if full in joined:
+                raise CheckpointError(
+                    f"checkpoint: two of its parts stand for {full!r}; it is damaged"
+                )
+            joined[full] = value
     return joined
 
 
@@ -277,7 +281,7 @@ def _said_about(
     content = content if isinstance(content, Mapping) else {}
     arch, heads = content.get("arch"), content.get("num_heads")
     arch = arch if isinstance(arch, str) else None
-    if str(heads).isdecimal():
+    if re.fullmatch(r"[1-9][0-9]{0,3}", str(heads)):
         return arch, int(heads)
     if "cls_token" not in own or found.layout.name not in ("moco", "moco-v3"):
         return arch, None

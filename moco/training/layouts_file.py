@@ -17,6 +17,11 @@ from moco.training.checkpoint import (
 
 SAFETENSORS = ".safetensors"
 
+_KEEP_TENSORS = (
+    "it is not loaded, as that could run code. Where it was written, keep the tensors alone: "
+    "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, OUT)"
+)
+
 
 def find_source(path: str | os.PathLike) -> tuple[Path, list[tuple[Path, str]]]:
     """The file that `path`, a file or a run folder, stands for.
@@ -51,16 +56,7 @@ def read_weights(path: str | os.PathLike) -> object:
     """
     if Path(path).suffix == SAFETENSORS:
         return _read_safetensors(path)
-    try:
-        return read_torch_file(path)
-    except CheckpointError as error:
-        if "other than tensors" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{error}; it is not loaded, as that could run code. Where it was written, keep the "
-            "tensors alone: torch.save({'state_dict': torch.load(FILE, weights_only=False)"
-            "['state_dict']}, OUT)"
-        ) from error
+    return read_torch_file(path, _KEEP_TENSORS)
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, object]:

@@ -216,8 +216,13 @@ def _read_vit(
             f"{where}: 'pos_embed' has {num_patches + 1} positions; allowed: a class token and a "
             "square of patches"
         )
-    found = [re.match(r"blocks\.(\d+)\.", name) for name in state]
+    found = [re.match(r"blocks\.([0-9]{1,4})\.", name) for name in state]
     depth = 1 + max((int(match.group(1)) for match in found if match), default=-1)
+    if depth > len(state):  # its names alone would fill the memory
+        raise CheckpointError(
+            f"{where}: its blocks are numbered to {depth - 1}, it has {len(state)} tensors; give "
+            "an undamaged checkpoint"
+        )
     if not depth:
         raise CheckpointError(f"{where}: this ViT holds no blocks; give an undamaged checkpoint")
     name = arch if arch and arch.startswith("vit_") else _VITS.get((dim, depth))
@@ -231,7 +236,7 @@ def _has_dims(state: Mapping[str, torch.Tensor], name: str, dims: int) -> bool:
 def _count_blocks(state: Iterable[str]) -> tuple[int, ...]:
     counts = [0] * 4
     for name in state:
-        match = re.match(r"layer([1-4])\.(\d+)\.conv1\.weight$", name)
+        match = re.fullmatch(r"layer([1-4])\.([0-9]{1,4})\.conv1\.weight", name)
         if match:
             stage = int(match.group(1)) - 1
             counts[stage] = max(counts[stage], int(match.group(2)) + 1)
