@@ -52,6 +52,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="continue with another number of processes: same batches and pixels, see docs/RESUME",
     )
     parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this configuration key (TRAIN.LR), or the list of images (data), differ from "
+        "what the run was started with; recorded in its log and manifests; may be repeated",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what the configuration means (batch, rate, negatives, memory) and stop",
@@ -98,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
                 resume=args.resume,
                 resume_from=args.resume_from,
                 elastic=args.elastic,
+                allow_change=args.allow_change,
                 say=say,
             )
         say(
@@ -111,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             evaluate = build_knn_monitor(cfg, args.data, source, process.device, say)
             observers = [
                 ConsoleProgress(trainer.total_steps, trainer.first_step),
-                JsonLog(output_dir / "log.jsonl", trainer.first_step),
+                JsonLog(output_dir / "log.jsonl", trainer.first_step, trainer.changes.new),
             ]
             if cfg.LOG.TENSORBOARD:
                 observers.append(TensorBoardLog(output_dir / "tensorboard", trainer.first_step))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,19 @@ from moco.config import DIGEST_EXCLUDE
 from moco.data.images import ImageSource
 from moco.errors import CheckpointError
 
-_ACCUMULATION = "TRAIN.ACCUMULATION_STEPS"
+ACCUMULATION = "TRAIN.ACCUMULATION_STEPS"
+DATA = "data"  # the list of images, beside the configuration's keys
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 (first 16 hex digits) over the sources of the package `moco`."""
+    package = Path(__file__).resolve().parents[1]
+    sha = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".cpp")):
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return sha.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -41,31 +55,45 @@ class RunIdentity:
             steps_per_epoch=len(source) // cfg.TRAIN.BATCH_SIZE,
         )
 
-    def check(self, path: Path, extra: dict, *, elastic: bool = False) -> list[str]:
+    def differences(self, extra: dict) -> dict[str, tuple[object, object]]:
+        """name -> (then, now) of the keys that differ, and of DATA where the images do."""
+        found = self._changed_keys(extra["config"])
+        if extra["data_digest"] != self.data_digest:
+            found[DATA] = (extra["data_digest"], self.data_digest)
+        return found
+
+    def check(
+        self, path: Path, extra: dict, *, elastic: bool = False, allowed: Collection[str] = ()
+    ) -> list[str]:
         """Compare with what a checkpoint says of its run.
 
         Args:
             extra: of the checkpoint: config, data_digest and world_size.
             elastic: let the number of processes and TRAIN.ACCUMULATION_STEPS differ.
-        Returns: lines that say what does differ and what that means.
+            allowed: keys, and DATA, that may differ.
+        Returns: lines that say what `elastic` lets differ and what that means.
         Raises: CheckpointError for any other difference.
         """
-        changed = self._changed_keys(extra["config"])
-        if changed.keys() - {_ACCUMULATION}:
-            listed = "; ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
+        changed = self.differences(extra)
+        refused = {name: pair for name, pair in changed.items() if name not in allowed}
+        parts_changed = refused.pop(ACCUMULATION, None)
+        images = refused.pop(DATA, None)
+        if refused:
+            listed = "; ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in refused.items())
             raise CheckpointError(
-                f"{path}: was made with another configuration ({listed}); restore these keys, or "
-                "give another --output-dir"
+                f"{path}: was made with another configuration ({listed}); restore these keys, name "
+                "each with --allow-change, or give another --output-dir"
             )
-        if extra["data_digest"] != self.data_digest:
+        if images:
             raise CheckpointError(
-                f"{path}: was made on another set of images (digest {extra['data_digest']}, now "
-                f"{self.data_digest}); give the same --data, or another --output-dir"
+                f"{path}: was made on another set of images (digest {images[0]}, now {images[1]}); "
+                f"give the same --data, add --allow-change {DATA}, or give another --output-dir"
             )
         parts = []
         if extra["world_size"] != self.world_size:
             parts.append(f"{extra['world_size']} processes, now there are {self.world_size}")
-        parts += [f"{key} {old}, now it is {new}" for key, (old, new) in changed.items()]
+        if parts_changed:
+            parts.append(f"{ACCUMULATION} {parts_changed[0]}, now it is {parts_changed[1]}")
         if not parts:
             return []
         made = f"{path}: was made with {', and '.join(parts)}"
@@ -95,7 +123,7 @@ class RunIdentity:
         if before == now:
             return lines
         needed, rest = divmod(_num_parts(extra["config"], extra["world_size"]), self.world_size)
-        remedy = "" if rest else f"; {_ACCUMULATION} {needed} keeps groups of {before}"
+        remedy = "" if rest else f"; {ACCUMULATION} {needed} keeps groups of {before}"
         lines.append(
             f"warning: --elastic: batch norm saw groups of {before} images before and sees groups "
             f"of {now} now, so its statistics and what shuffle BN mixes change{remedy}"

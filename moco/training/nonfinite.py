@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
 from moco.data.images import ImageSource
-from moco.distributed import ProcessInfo, any_rank, world_size
+from moco.distributed import ProcessInfo, any_rank, gather_objects
 from moco.errors import NonFiniteError
 from moco.methods import Method
 from moco.training import checkpoint as ckpt
@@ -57,7 +56,7 @@ class NonFiniteReport:
 
     def __call__(self, evidence: Evidence, named: frozenset[str]) -> NoReturn:
         """Raises: NonFiniteError, one line with step, ranks, findings, images and remedy."""
-        reports = _gather(self._own(evidence, named))
+        reports = gather_objects(self._own(evidence, named))
         where = ""
         if self.output_dir is not None:
             where = _from_main(self._write_replay(evidence, named, reports))
@@ -146,7 +145,7 @@ def check_state_is_finite(
         state.update({f"optimizer.{number}.{n}": t for n, t in entry.items()})
     bad = not_finite_names(state)
     if any_rank(bool(bad), process.device):
-        found = [(rank, names) for rank, names in enumerate(_gather(bad)) if names]
+        found = [(rank, names) for rank, names in enumerate(gather_objects(bad)) if names]
         listed = "; ".join(f"rank {rank}: {_listed(names)}" for rank, names in found)
         raise NonFiniteError(
             f"{what}: weights or state are not finite ({listed}), so no checkpoint was written; "
@@ -175,13 +174,5 @@ def _listed(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
-def _gather(own: object) -> list:
-    if world_size() == 1:
-        return [own]
-    everyone = [None] * world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
-
-
 def _from_main(own: object) -> object:
-    return _gather(own)[0]
+    return gather_objects(own)[0]

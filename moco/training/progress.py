@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,23 +115,28 @@ class ConsoleProgress:
 
 
 class JsonLog:
-    """One JSON object a line: {"kind": "step" or "epoch", ...}.
+    """One JSON object a line: {"kind": "step", "epoch" or "change", ...}.
 
     Continuing a run drops the records after `first_step`: those steps are done again.
+
+    Args:
+        changes: what `--allow-change` let differ at this start, as of `Changes.new`.
     """
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: Path, first_step: int, changes: Sequence[dict] = ()):
         _drop_after(path, first_step)
         self.file = open(path, "a", encoding="utf-8")  # closed by close()
+        for change in changes:
+            self._write("change", change)
 
     def on_step(self, record: StepRecord) -> None:
-        self._write("step", record)
+        self._write("step", asdict(record))
 
     def on_epoch(self, record: EpochRecord) -> None:
-        self._write("epoch", record)
+        self._write("epoch", asdict(record))
 
-    def _write(self, kind: str, record: StepRecord | EpochRecord) -> None:
-        line = {"kind": kind, "time": round(time.time(), 3), **asdict(record)}
+    def _write(self, kind: str, record: dict) -> None:
+        line = {"kind": kind, "time": round(time.time(), 3), **record}
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -182,7 +188,9 @@ def _drop_after(path: Path, first_step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= first_step:
+            record = json.loads(line)
+            # A change made at this very step is given again, by the same start or another one.
+            if record["step"] < first_step + (record["kind"] != "change"):
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # a process killed while writing leaves one cut line, whose step is redone

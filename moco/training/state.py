@@ -13,7 +13,9 @@ from moco.distributed import all_gather_cat
 from moco.errors import CheckpointError, DistributedError
 from moco.methods import Method
 from moco.training import checkpoint as ckpt
-from moco.training.identity import RunIdentity
+from moco.training import fit
+from moco.training.changes import Changes
+from moco.training.identity import RunIdentity, code_digest
 
 
 def save(
@@ -24,8 +26,13 @@ def save(
     step: int,
     arch: str,
     identity: RunIdentity,
+    changes: Changes | None = None,
 ) -> None:
-    """Write a checkpoint in the reference's layout, with what it lacks under `extra`."""
+    """Write a checkpoint in the reference's layout, with what it lacks under `extra`.
+
+    Args: as of `restore`; changes: those of the run so far.
+    """
+    made = changes.all() if changes else []
     content = {
         "epoch": step // identity.steps_per_epoch,
         "arch": arch,
@@ -38,9 +45,14 @@ def save(
             "data_digest": identity.data_digest,
             "world_size": identity.world_size,
             "versions": versions(),
+            "code_digest": code_digest(),
+            "changes": made,
         },
     }
-    ckpt.save_checkpoint(path, content, step=step, config_digest=identity.config_digest)
+    ckpt.save_checkpoint(
+        path, content, step=step, config_digest=identity.config_digest,
+        code_digest=code_digest(), changes=made,
+    )  # fmt: skip
 
 
 def find_checkpoint(
@@ -51,17 +63,11 @@ def find_checkpoint(
     Args: as of `Trainer`. `say` receives why files were refused.
     Raises: CheckpointError where the folder holds a run and it is not to be resumed.
     """
-    found = ckpt.checkpoint_files(run_dir)
-    if found and not resume:
-        raise CheckpointError(
-            f"{run_dir}: already holds {len(found)} checkpoints of a run; add --resume to continue "
-            "it, or give another --output-dir"
-        )
-    path, _, refused = ckpt.latest_verified(run_dir)
-    for _, reason in refused:
-        say(f"refused: {reason}")
+    path = ckpt.find_checkpoint(run_dir, resume, say)
     if path is None and resume_from:
-        return Path(resume_from)
+        path = Path(resume_from)
+        if ckpt.manifest_path(path).exists():  # the reference's files have none
+            ckpt.verify_manifest(path)
     if path is None and resume:
         say(f"--resume: {run_dir} holds no verified checkpoint, starting afresh")
     return path
@@ -74,12 +80,14 @@ def restore(
     optimizer: torch.optim.Optimizer,
     identity: RunIdentity,
     elastic: bool = False,
+    changes: Changes | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Load a checkpoint of ours or of the reference. Returns the number of finished steps.
 
     Args:
         elastic: allow another number of processes, see `RunIdentity.check`.
+        changes: which keys may differ; receives those that do.
         say: receives a line for what differs and is allowed to.
     Raises: CheckpointError where names, shapes, configuration, data or world size differ.
     """
@@ -89,21 +97,31 @@ def restore(
         raise CheckpointError(
             f"{path}: is not a pretraining checkpoint; needed keys: {', '.join(sorted(needed))}"
         )
-    extra = content.get("extra")
+    extra, changes = content.get("extra"), changes or Changes()
     if extra is not None:
         _check_extra(path, extra)
-        for line in identity.check(path, extra, elastic=elastic) + _changed_versions(path, extra):
+        lines = identity.check(path, extra, elastic=elastic, allowed=changes.allowed)
+        made = changes.add(extra["step"], extra.get("changes", []), identity.differences(extra))
+        for line in lines + made + _changed_code(path, extra) + _changed_versions(path, extra):
             say(line)
-    state = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
-    _check_state(path, state, method.state_dict())
+    arch = identity.config["MODEL"]["ARCH"]
+    if content["arch"] != arch:
+        raise CheckpointError(
+            f"{path}: its 'arch' is {content['arch']!r}, MODEL.ARCH is {arch!r}; give the same"
+        )
+    state = fit.unwrapped(path, content["state_dict"])
+    fit.check_weights(path, state, method.state_dict())
+    counted = content["epoch"] if extra is None else extra["step"]
+    if type(counted) is not int or counted < 0:
+        raise CheckpointError(f"{path}: 'epoch' or 'step' is {counted!r}; 0 or more is needed")
+    fit.check_optimizer(path, content["optimizer"], optimizer, has_stepped=counted > 0)
     method.load_state_dict(state)
-    try:
-        optimizer.load_state_dict(content["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: its optimizer state does not fit ({error})") from error
-    if extra is None:
-        return content["epoch"] * identity.steps_per_epoch
-    return extra["step"]
+    # Decay, momentum and the like are the configuration's, not the file's, as they may be changed.
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(content["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    return counted * (identity.steps_per_epoch if extra is None else 1)
 
 
 def versions() -> dict[str, str]:
@@ -119,11 +137,23 @@ def _check_extra(path: Path, extra: object) -> None:
     needed = {"config": dict, "data_digest": str, "step": int, "versions": dict, "world_size": int}
     given = extra if isinstance(extra, dict) else {}
     missing = [name for name, kind in needed.items() if not isinstance(given.get(name), kind)]
+    if not isinstance(given.get("changes", []), list):  # older files have none
+        missing.append("changes")
     if missing:
         raise CheckpointError(
             f"{path}: its 'extra' lacks a valid {', '.join(missing)}; give a file that this "
             "project wrote, or one without 'extra'"
         )
+
+
+def _changed_code(path: Path, extra: dict) -> list[str]:
+    before = extra.get("code_digest", "not recorded")
+    if before == code_digest():
+        return []
+    return [
+        f"warning: {path}: was made by other code of this project (sha256 {before}, now "
+        f"{code_digest()}); what changed may change the numbers"
+    ]
 
 
 def _changed_versions(path: Path, extra: dict) -> list[str]:
@@ -149,23 +179,3 @@ def checkpoint_bytes(method: Method, optimizer: torch.optim.Optimizer) -> int:
     moments = 2 if "betas" in optimizer.defaults else 1
     trainable = [p for p in method.parameters() if p.requires_grad]
     return ckpt.tensor_bytes(method.state_dict()) + moments * ckpt.tensor_bytes(trainable)
-
-
-def _check_state(path: Path, given: dict, needed: dict) -> None:
-    missing = [name for name in needed if name not in given]
-    unknown = [name for name in given if name not in needed]
-    shapes = [
-        f"{name} {tuple(given[name].shape)} (needed {tuple(needed[name].shape)})"
-        for name in needed
-        if name in given and given[name].shape != needed[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:3])}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of other shape", shapes))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path}: its weights do not fit this model; {'; '.join(problems)}. Use the "
-            "configuration it was made with"
-        )

@@ -7,9 +7,10 @@ import pytest
 import tiny
 
 from moco.cfgnode import flatten
-from moco.errors import CheckpointError
+from moco.errors import CheckpointError, ConfigError
 from moco.training import state
-from moco.training.identity import RunIdentity
+from moco.training.changes import Changes
+from moco.training.identity import RunIdentity, code_digest
 
 SOURCE = SimpleNamespace(paths=("a.png", "b.png"))
 PATH = Path("checkpoint_0000.pth.tar")
@@ -48,6 +49,51 @@ def test_configuration_and_images_may_never_differ(changes, message, elastic):
     with pytest.raises(CheckpointError, match=message) as error:
         identity(**changes).check(PATH, extra(identity()), elastic=elastic)
     assert "\n" not in str(error.value)
+
+
+def test_an_allowed_name_permits_itself_and_no_other():
+    before, now = identity(), identity(TRAIN__LR=0.1, SEED=1)
+    with pytest.raises(CheckpointError, match=r"\(SEED 0 -> 1\)"):
+        now.check(PATH, extra(before), allowed=["TRAIN.LR"])
+    assert now.check(PATH, extra(before), allowed=["TRAIN.LR", "SEED"]) == []
+    other = identity(paths=("a.png", "c.png"))
+    with pytest.raises(CheckpointError, match="another set of images"):
+        other.check(PATH, extra(before), allowed=["TRAIN.LR"])
+    assert other.check(PATH, extra(before), allowed=["data"]) == []
+
+
+def test_changes_of_all_starts_are_listed_and_unused_names_said():
+    changes, said = Changes(["TRAIN.LR", "data"]), []
+    earlier = [{"name": "SEED", "before": 0, "now": 1, "step": 2}]
+    [line] = changes.add(4, earlier, identity(TRAIN__LR=0.1).differences(extra(identity())))
+    assert line == "--allow-change: TRAIN.LR 0.03 -> 0.1 from step 4 on"
+    new = {"name": "TRAIN.LR", "before": 0.03, "now": 0.1, "step": 4}
+    assert changes.new == [new] and changes.all() == [*earlier, new]
+    changes.say_unused(said.append)
+    assert said == ["--allow-change: data did not change at this start"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("TRAIN.LRR", r"unknown name 'TRAIN.LRR' \(did you mean 'TRAIN.LR'\?\); allowed: "),
+        ("TRAIN", "unknown name 'TRAIN'"),
+        ("TRAIN.ACCUMULATION_STEPS", "give --elastic"),
+        ("LOG.PERIOD", "may always differ"),
+        ("DATA.NUM_WORKERS", "may always differ"),
+    ],
+)
+def test_a_name_that_cannot_be_allowed_is_refused(name, message):
+    with pytest.raises(ConfigError, match=f"--allow-change: .*{message}"):
+        Changes([name])
+
+
+def test_other_code_is_said():
+    [line] = state._changed_code(PATH, {"code_digest": "0" * 16})
+    assert f"(sha256 {'0' * 16}, now {code_digest()})" in line
+    [line] = state._changed_code(PATH, {})
+    assert "sha256 not recorded" in line
+    assert state._changed_code(PATH, {"code_digest": code_digest()}) == []
 
 
 def test_what_changes_no_number_may_differ():
@@ -100,7 +146,10 @@ def test_another_accumulation_alone_needs_the_flag_too():
 def test_an_extra_that_is_not_ours_is_one_line(broken):
     with pytest.raises(CheckpointError, match="its 'extra' lacks a valid config, data_digest"):
         state._check_extra(PATH, broken)
-    state._check_extra(PATH, {**extra(identity()), "versions": state.versions()})
+    whole = {**extra(identity()), "versions": state.versions()}
+    state._check_extra(PATH, whole)
+    with pytest.raises(CheckpointError, match="lacks a valid changes"):
+        state._check_extra(PATH, {**whole, "changes": {}})
 
 
 def test_other_versions_are_said():

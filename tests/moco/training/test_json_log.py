@@ -46,3 +46,17 @@ def test_killed_while_dropping_the_steps_to_be_done_again_the_log_stays(tmp_path
     monkeypatch.undo()
     JsonLog(tmp_path / "log.jsonl", 1).close()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_changes_are_kept_but_one_that_may_be_made_again(tmp_path):
+    def changes():
+        lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+        return [line["name"] for line in lines if line["kind"] == "change"]
+
+    log = JsonLog(tmp_path / "log.jsonl", 0)
+    for step in (1, 2, 3):
+        log.on_step(record(step))
+    log.close()
+    for first_step, name in ((2, "A"), (2, "B"), (3, "C")):
+        JsonLog(tmp_path / "log.jsonl", first_step, [{"name": name, "step": first_step}]).close()
+    assert changes() == ["B", "C"]  # B started where A did, before a checkpoint had A in it

@@ -1,0 +1,71 @@
+"""What `--allow-change` lets differ when a run continues, and the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from moco.cfgnode import did_you_mean, flatten
+from moco.config import DIGEST_EXCLUDE, get_defaults
+from moco.errors import ConfigError
+from moco.training.identity import ACCUMULATION, DATA
+
+
+@dataclass(frozen=True)
+class Change:
+    """name: a configuration key, or "data"; before, now: its values (of "data": digests);
+    step: finished steps as it was made."""
+
+    name: str
+    before: object
+    now: object
+    step: int
+
+
+class Changes:
+    """The changes of a run, of all its starts.
+
+    Args:
+        allowed: names that may differ at this start.
+    Raises: ConfigError for a name that cannot be allowed.
+    """
+
+    def __init__(self, allowed: Sequence[str] = ()):
+        known = {*flatten(get_defaults()), DATA}
+        for name in allowed:
+            if name not in known:
+                raise ConfigError(
+                    f"--allow-change: unknown name {name!r}{did_you_mean(name, known)}; allowed: "
+                    f"a configuration key in full, such as TRAIN.LR, or {DATA}"
+                )
+            if name == ACCUMULATION:
+                raise ConfigError(
+                    f"--allow-change: {name} goes with the number of processes; give --elastic"
+                )
+            if f"{name}.".startswith(tuple(f"{key}." for key in DIGEST_EXCLUDE)):
+                raise ConfigError(
+                    f"--allow-change: {name} changes no number and may always differ; leave it out"
+                )
+        self.allowed = tuple(allowed)
+        self.before: list[dict] = []  # of earlier starts, from the checkpoint
+        self.new: list[dict] = []
+
+    def add(
+        self, step: int, before: list[dict], differences: Mapping[str, tuple[object, object]]
+    ) -> list[str]:
+        """Note what a checkpoint brings along and what differs from it now. Returns lines of it."""
+        self.before = list(before)
+        made = [Change(n, *differences[n], step) for n in self.allowed if n in differences]
+        self.new = [asdict(change) for change in made]
+        return [
+            f"--allow-change: {change.name} {change.before!r} -> {change.now!r} from step {step} on"
+            for change in made
+        ]
+
+    def say_unused(self, say: Callable[[str], None]) -> None:
+        for name in sorted(set(self.allowed) - {change["name"] for change in self.new}):
+            say(f"--allow-change: {name} did not change at this start")
+
+    def all(self) -> list[dict]:
+        """Plain values, for the checkpoint and its manifest; oldest first."""
+        return [*self.before, *self.new]
