@@ -212,6 +212,15 @@ def all_gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
 
 
+def gather_objects(own: object) -> list:
+    """What each rank gives, in rank order, on all of them; for a few plain values (pickled)."""
+    if world_size() == 1:
+        return [own]
+    everyone: list = [None] * world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks, in place; returns the tensor."""
     if world_size() > 1:
@@ -333,8 +342,7 @@ def check_equal_across_ranks(
 
 def _disagreement(digests: torch.Tensor, sums: torch.Tensor, names: list[str]) -> str:
     """Who differs from whom, and in what. Called on all ranks: they exchange more."""
-    hosts = [None] * world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = gather_objects(socket.gethostname())
     holders: dict[int, list[int]] = {}
     for number, digest in enumerate(digests[:, 1].tolist()):
         holders.setdefault(digest, []).append(number)

@@ -10,14 +10,17 @@ import os
 import signal
 import socket
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
-from moco.distributed import rank, world_size
+from moco.distributed import gather_objects, rank, world_size
 from moco.errors import DistributedError
+from moco.process_group import notes
 
 _PATIENCE_SECONDS = 2.0  # a dying process closes its connections a little before it is gone
 _GONE = {"Z": "gone", "X": "gone", None: "gone", "T": "stopped"}
@@ -37,22 +40,24 @@ def lost_rank_as_error(where: Callable[[], str]) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    peers: list = [None] * world_size()
-    dist.all_gather_object(peers, (_machine(), os.getpid()))
+    peers = gather_objects((_machine(), os.getpid()))
     try:
         yield
     except RuntimeError as error:
         if not _is_of_a_collective(error):
             raise
         lost = _lost_ranks(peers)
-        for number, state in lost.items():
-            if state == "stopped":
-                with suppress(OSError):
-                    os.kill(peers[number][1], signal.SIGCONT)
+        stopped = [number for number, state in lost.items() if state == "stopped"]
+        for number in stopped:
+            with suppress(OSError):
+                os.kill(peers[number][1], signal.SIGCONT)
         reason = " ".join(str(error).split())[:160]
+        odd = "" if stopped else _odd_ones(where(), _place(error))
         raise DistributedError(
-            f"{where()}: rank {rank()} lost contact with {_in_words(lost, peers)}; see what that "
-            f"process printed, then start the same command with --resume ({reason})"
+            f"{where()}: {odd}; start the same command with --resume ({reason})"
+            if odd
+            else f"{where()}: rank {rank()} lost contact with {_in_words(lost, peers)}; see what "
+            f"that process printed, then start the same command with --resume ({reason})"
         ) from error
 
 
@@ -88,6 +93,45 @@ def _state(pid: int) -> str | None:
     except OSError:
         return None
     return text.rpartition(")")[2].split()[0]
+
+
+def _place(error: BaseException) -> str:
+    """The function of this project that called the collective, "name (file:line)"."""
+    package = str(Path(__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith(package)
+        and Path(frame.filename).name not in ("distributed.py", "lost_rank.py")
+    ]
+    if not frames:
+        return "outside of the training"
+    return f"{frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+
+
+def _odd_ones(step: str, place: str) -> str:
+    """Which ranks failed at another collective than most: "" where they cannot be told.
+
+    A collective that one rank skips pairs its next one with another of the others. Each rank leaves
+    where it failed; the last to fail, which is when the others closed their connections, reads all.
+    """
+    store, places = notes(), {}
+    if store is None:
+        return ""
+    with suppress(RuntimeError):  # the store went with its host
+        store.set(str(rank()), f"{step}, {place}")
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while len(places) < world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            for number in range(world_size()):
+                if number not in places and store.check([str(number)]):
+                    places[number] = store.get(str(number)).decode()
+    common, votes = Counter(places.values()).most_common(1)[0] if places else ("", 0)
+    odd = {number: where for number, where in places.items() if where != common}
+    if len(places) < world_size() or not odd or votes <= len(odd):
+        return ""
+    listed = ", ".join(f"rank {number} at {where}" for number, where in sorted(odd.items()))
+    return f"ranks are not at the same collective: {listed}, the {votes} others at {common}"
 
 
 def _in_words(lost: dict[int, str], peers: list[tuple[str, int]]) -> str:

@@ -15,6 +15,7 @@ from moco.fresh_store import fresh_store, hello_key
 
 # For all ranks to appear: they import and list their files each at its own pace.
 _MIN_START_SECONDS = 600.0
+_store: dist.Store | None = None
 
 
 def rank_variables() -> tuple[int, int, int]:
@@ -39,15 +40,17 @@ def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> No
     Raises: DistributedError naming the ranks that did not come within 10 minutes (or `timeout_s`,
         where that is longer).
     """
+    global _store
     patience = datetime.timedelta(seconds=max(timeout_s, _MIN_START_SECONDS))
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     keys = [hello_key(number) for number in range(world_size)]
     store = None
     try:
         store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+        _store = fresh_store(store, rank, world_size, patience)
         dist.init_process_group(
             backend,
-            store=fresh_store(store, rank, world_size, patience),
+            store=_store,
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -59,6 +62,11 @@ def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> No
             f"({reason}); check MASTER_ADDR and MASTER_PORT, and that every node runs the same "
             "torchrun command with one and the same --rdzv-endpoint"
         ) from error
+
+
+def notes() -> dist.Store | None:
+    """Where ranks that `join_group` joined can leave words for each other when collectives fail."""
+    return dist.PrefixStore("notes", _store) if _store is not None else None
 
 
 def _missing(store: dist.Store | None, keys: list[str]) -> str:

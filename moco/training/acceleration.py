@@ -112,7 +112,7 @@ def _choose_channels_last(cfg: CfgNode) -> _Choice:
 def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> _Choice:
     if device.type != "cpu":
         return _Choice("eager", "TRAIN.COMPILE torch was not measured on a GPU")
-    if not (_is_resnet(cfg) and cfg.MODEL.NORM == "BN" and channels_last):
+    if not _fits_kernels(cfg, channels_last):
         return _Choice("eager", "kernels are for batch norm of ResNets, channels last")
     try:
         seconds = kernels.compile_kernels()
@@ -122,9 +122,7 @@ def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> 
 
 
 def _check_compile(cfg: CfgNode, device: torch.device, channels_last: bool, value: str) -> None:
-    if value == "kernels" and not (
-        device.type == "cpu" and _is_resnet(cfg) and cfg.MODEL.NORM == "BN" and channels_last
-    ):
+    if value == "kernels" and not (device.type == "cpu" and _fits_kernels(cfg, channels_last)):
         raise ConfigError(
             f"TRAIN.COMPILE is kernels with {cfg.MODEL.ARCH}, MODEL.NORM {cfg.MODEL.NORM}, "
             f"TRAIN.CHANNELS_LAST {channels_last} on {device.type}; allowed: a ResNet with NORM BN "
@@ -135,6 +133,10 @@ def _check_compile(cfg: CfgNode, device: torch.device, channels_last: bool, valu
             "TRAIN.COMPILE is torch with MODEL.NORM SyncBN, whose messages between processes "
             "cannot be compiled; set TRAIN.COMPILE eager"
         )
+
+
+def _fits_kernels(cfg: CfgNode, channels_last: bool) -> bool:
+    return _is_resnet(cfg) and cfg.MODEL.NORM == "BN" and channels_last
 
 
 def _is_resnet(cfg: CfgNode) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
-from moco.distributed import check_equal_across_ranks, tensors_digest, world_size
+from moco.distributed import (
+    check_equal_across_ranks,
+    gather_objects,
+    tensors_digest,
+    world_size,
+)
 from moco.errors import DistributedError
 from moco.methods import Method
 from moco.training.identity import RunIdentity
@@ -18,8 +22,7 @@ def check_same_job(identity: RunIdentity) -> None:
     if world_size() == 1:
         return
     own = {"configuration": identity.config_digest, "list of images": identity.data_digest}
-    given: list = [None] * world_size()
-    dist.all_gather_object(given, own)
+    given = gather_objects(own)
     for what, digest in given[0].items():
         odd = [number for number, other in enumerate(given) if other[what] != digest]
         if odd:

@@ -69,13 +69,14 @@ def resolve_recipe(cfg: CfgNode, *, num_images: int, world_size: int) -> Recipe:
     train = cfg.TRAIN
     per_process, parts = train.BATCH_SIZE // world_size, train.ACCUMULATION_STEPS
     micro = f"{parts} micro-batches x {per_process // parts}" if parts > 1 else f"{per_process}"
-    steps = num_images // train.BATCH_SIZE
+    steps, left_out = divmod(num_images, train.BATCH_SIZE)
+    last = f"; {left_out} of {num_images} images do not fill a batch" if left_out else ""
     with torch.device("meta"):
         method = build_method(cfg, num_images)
     memory = estimate_memory(cfg, method, per_process)
     lines = (
         f"batch: {train.BATCH_SIZE} images = {world_size} process(es) x {micro}; "
-        f"{steps} steps an epoch, {train.EPOCHS} epochs, {steps * train.EPOCHS} steps",
+        f"{steps} steps an epoch, {train.EPOCHS} epochs, {steps * train.EPOCHS} steps{last}",
         f"learning rate: {train.LR:g} ({train.OPTIMIZER}, {train.SCHEDULE}); the linear rule, "
         f"{_BASE_LR[train.OPTIMIZER]:g} x batch / {_BASE_BATCH}, gives {linear_lr(cfg):g}",
         f"batch norm: {_norm_in_words(cfg, world_size)}",

@@ -12,7 +12,9 @@ import torch.nn as nn
 
 from moco import distributed
 from moco.cfgnode import CfgNode
+from moco.data import workers
 from moco.data.images import ImageSource
+from moco.data.reading import num_retries
 from moco.distributed import ProcessInfo
 from moco.errors import dead_worker_as_data_error
 from moco.lost_rank import lost_rank_as_error
@@ -21,6 +23,7 @@ from moco.seeding import derive_seed
 from moco.training import acceleration, state
 from moco.training.agreement import check_ranks, check_same_job, say_that_ranks_agree
 from moco.training.batch import build_loader, check_batch
+from moco.training.changes import Changes
 from moco.training.guard import StepGuard, skips_updates
 from moco.training.health import Health
 from moco.training.nonfinite import NonFiniteReport, check_state_is_finite
@@ -29,7 +32,8 @@ from moco.training.prefetch import ahead_on_device
 from moco.training.progress import EpochRecord, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.schedule import step_values
-from moco.training.signals import caught_signals
+from moco.training.shares import Shares
+from moco.training.signals import caught_signals, cut_short
 from moco.training.step import train_step
 
 # Evaluates the transfer encoder; called on rank 0 only, must not change it.
@@ -45,6 +49,7 @@ class Trainer:
             there is none. Without it a folder that holds a checkpoint is refused.
         resume_from: where `output_dir` holds no checkpoint, continue from this file.
         elastic: continue with another number of processes than the checkpoint's.
+        allow_change: configuration keys, and "data", that may differ from the checkpoint's.
     Raises: ConfigError, CheckpointError before any image is read.
     """
 
@@ -58,6 +63,7 @@ class Trainer:
         resume: bool = False,
         resume_from: str | None = None,
         elastic: bool = False,
+        allow_change: Sequence[str] = (),
         say: Callable[[str], None] = print,
     ):
         cfg = acceleration.resolve(cfg, process.device).cfg
@@ -73,13 +79,14 @@ class Trainer:
         self.method: Method = build_method(cfg, len(source)).to(process.device)
         acceleration.accelerate_(self.method, cfg)
         self.optimizer = build_optimizer(cfg, self.method)
-        self.first_step = 0
+        self.first_step, self.changes = 0, Changes(allow_change)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
-                elastic=elastic, say=say,
+                elastic=elastic, changes=self.changes, say=say,
             )  # fmt: skip
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
+        self.changes.say_unused(say)
         if self.first_step >= self.total_steps:
             say("this run is finished; nothing is left to do")
         state.agree_on_step(self.first_step, output_dir, process.device)
@@ -109,9 +116,10 @@ class Trainer:
         Returns: 0 when finished; 128 + the signal's number when stopped, with a checkpoint saved.
         """
         self.last_step = self.saved_step = self.first_step
+        self.retries_before = num_retries()
         with (
             caught_signals() as received,
-            dead_worker_as_data_error("DATA.NUM_WORKERS"),
+            dead_worker_as_data_error("DATA.NUM_WORKERS", workers.doing),
             lost_rank_as_error(lambda: f"step {self.last_step}"),
         ):
             stopped = self._run(observers, evaluate, received)
@@ -129,10 +137,11 @@ class Trainer:
             cfg, self.source, self.process, first_step=self.first_step, last_step=self.total_steps,
             output_dir=self.output_dir,
         )  # fmt: skip
+        shares = Shares(loader, self.process, replaces=cfg.DATA.MAX_BAD_FRACTION > 0)
         if self.first_step == 0:
-            self._end_epoch(observers, evaluate)
+            self._end_epoch(observers, evaluate, received)
         started, done = time.monotonic(), self.first_step
-        batches = ahead_on_device(loader, self.process.device)
+        batches = ahead_on_device(shares, self.process.device)
         for step, batch in enumerate(batches, start=self.first_step):
             lr, momentum = step_values(cfg, step, self.steps_per_epoch)
             is_logged = (step + 1) % cfg.LOG.PERIOD == 0 or step + 1 == self.total_steps
@@ -147,6 +156,7 @@ class Trainer:
                 seconds = time.monotonic() - started
                 self.say(f"torch.compile: the first batch and step took {seconds:.0f} s")
             if self.last_step % (cfg.TRAIN.RANK_CHECK_PERIOD or self.total_steps) == 0:
+                shares.check(self.last_step)
                 check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
             if is_logged:
                 record = self._step_record(lr, result, done, started)
@@ -154,7 +164,7 @@ class Trainer:
                     observer.on_step(record)
                 started, done = time.monotonic(), self.last_step
             if self.last_step % self.steps_per_epoch == 0:
-                self._end_epoch(observers, evaluate)
+                self._end_epoch(observers, evaluate, received)
                 started, done = time.monotonic(), self.last_step
             if self.guard.stop_requested and self.last_step < self.total_steps:
                 if self.saved_step != self.last_step:
@@ -166,6 +176,8 @@ class Trainer:
         step, loss = self.last_step - 1, result.loss.item()
         measured = {name: value.item() for name, value in result.metrics.items()}
         metrics = self.health.figures(step, loss, measured)
+        if retries := num_retries() - self.retries_before:
+            metrics["read_retries"] = float(retries)
         # Only now has a GPU done what it was given.
         steps_per_s = (self.last_step - done) / (time.monotonic() - started)
         return StepRecord(
@@ -181,17 +193,22 @@ class Trainer:
             warnings=self.health.warnings(step, metrics),
         )
 
-    def _end_epoch(self, observers, evaluate) -> None:
-        """Evaluate and save after a whole epoch; before training only evaluate."""
+    def _end_epoch(self, observers, evaluate, received) -> None:
+        """Evaluate and save after a whole epoch; before training only evaluate.
+
+        A signal cuts an evaluation short, but not the last: no resume would make up for it."""
         epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
         self.guard.settle()
         if epoch and self._is_saved(epoch):
             self._save(milestone=True)
         period, metrics = self.cfg.KNN.PERIOD, {}
         if evaluate and self.process.is_main and period and (epoch % period == 0 or last):
-            metrics = evaluate(self.method.transfer_encoder())
+            encoder = self.method.transfer_encoder()
+            metrics = evaluate(encoder) if last else cut_short(evaluate, encoder, received)
+            if metrics is None:
+                self.say(f"kNN evaluation after epoch {epoch}: cut short by a signal")
         for observer in observers:
-            observer.on_epoch(EpochRecord(self.last_step, epoch, metrics))
+            observer.on_epoch(EpochRecord(self.last_step, epoch, metrics or {}))
         distributed.barrier()
 
     def _is_saved(self, epoch: int) -> bool:
@@ -212,8 +229,7 @@ class Trainer:
         # The reference names the file by the number of the epoch that was finished, from 0.
         name = f"checkpoint_{epoch - 1:04d}" if milestone else f"checkpoint_step_{self.last_step}"
         self.guard.settle()
-        where = f"step {self.last_step}"
-        check_state_is_finite(self.method, self.optimizer, where, self.process)
+        check_state_is_finite(self.method, self.optimizer, f"step {self.last_step}", self.process)
         check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
         if self.last_step == self.total_steps:
             say_that_ranks_agree(self.method, self.say)
@@ -228,5 +244,6 @@ class Trainer:
             step=self.last_step,
             arch=self.cfg.MODEL.ARCH,
             identity=self.identity,
+            changes=self.changes,
         )
         self.retention.prune(written=path)
