@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moco import distributed  # noqa: E402
+from moco.data import workers  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.knn_evaluation import KnnSettings, evaluate_knn  # noqa: E402
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     process = distributed.setup_process(args.device)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     try:
-        with dead_worker_as_data_error("--num-workers"):
+        with dead_worker_as_data_error("--num-workers", workers.doing):
             results = evaluate_knn(
                 settings,
                 args.weights,

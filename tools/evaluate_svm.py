@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 from detection.data.data_check import raise_for_problems  # noqa: E402
 from detection.data.voc import VOC_CLASSES, DatasetSpec, load_records  # noqa: E402
 from moco import distributed  # noqa: E402
+from moco.data import workers  # noqa: E402
 from moco.data.images import ImageSource  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.svm import COSTS, require_scikit_learn  # noqa: E402
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = SvmSettings(tuple(args.costs), args.grid, args.size, args.seed)
     train, test = (read_split(root, s, classes) for s in (args.train_split, args.test_split))
     process = distributed.setup_process(args.device)
-    with dead_worker_as_data_error("--num-workers"):
+    with dead_worker_as_data_error("--num-workers", workers.doing):
         evaluate_svm(
             settings,
             args.weights,

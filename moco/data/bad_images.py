@@ -24,8 +24,9 @@ class BadImages:
     """Replaces unreadable images, counts and lists them.
 
     Which image comes instead depends on (seed, epoch, index) alone, so workers, processes and a
-    resumed run agree. Each bad image is appended once to `bad_images.rank<r>.jsonl`; all processes
-    read each other's lists, and those of the run they continue, to count.
+    resumed run agree. Each bad image is appended once to `bad_images.rank<r>.jsonl`, with its
+    number, path and reason; all processes read each other's lists, and those of the run they
+    continue, to count.
 
     Args:
         num_images, root: of the source.
@@ -59,18 +60,18 @@ class BadImages:
             try:
                 return read(chosen), chosen
             except UnreadableImage as error:
-                self._note(chosen, str(error))
+                self._note(chosen, error)
             rng = seeding.python_random(self.seed, "replacement", epoch, index, attempt)
             chosen = rng.randrange(self.num_images)
         raise DataError(f"{self.root}: {_TRIES} images drawn one after another are all unreadable")
 
-    def _note(self, index: int, reason: str) -> None:
+    def _note(self, index: int, error: UnreadableImage) -> None:
         self._read_lists()
         if index not in self.known:
-            self._append({"index": index, "reason": reason})
+            self._append({"index": index, "path": error.name, "reason": error.reason})
             self.known.add(index)
             print(
-                f"warning: {reason}; another image is shown instead ({len(self.known)} bad images, "
+                f"warning: {error}; another image is shown instead ({len(self.known)} bad images, "
                 f"{self.limit} of {self.num_images} are allowed)",
                 file=sys.stderr,
                 flush=True,
@@ -79,7 +80,7 @@ class BadImages:
             raise DataError(
                 f"{self.root}: {len(self.known)} of {self.num_images} images are unreadable, "
                 f"DATA.MAX_BAD_FRACTION {self.max_fraction:g} allows {self.limit}; they are listed "
-                f"in {self.list}, the last: {reason}"
+                f"in {self.list}, the last: {error}"
             )
 
     def _append(self, record: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moco.data.reading import read_file
 from moco.data.rgb import decode_rgb
 from moco.data.shard_index import is_pack
 from moco.data.shards import ShardSource, open_pack
+from moco.data.workers import note_image
 from moco.errors import DataError
 
 # torchvision's IMG_EXTENSIONS (torchvision/datasets/folder.py).
@@ -42,8 +44,13 @@ class ImageSource:
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
 
+    def note_path(self, index: int) -> str:
+        """The name of the image that `note_image` was given."""
+        return self.path(index)
+
     def read_bytes(self, index: int) -> bytes:
         """The file of image `index`. Raises DataError where it is unreadable."""
+        note_image(index)
         return read_file(self.path(index))
 
     def open(self, index: int) -> Image.Image:
@@ -61,7 +68,8 @@ def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
     As the reference does (main_moco.py), `root/train` is read where `root` itself holds no image
     and has a folder `train`. To tell that split from a class named "train", it must be the only
     folder or stand beside val, valid, validation or test.
-    Names that begin with a dot are ignored. Links to folders are followed.
+    Names that begin with a dot are ignored. Links to folders are followed. A folder that is named
+    as an image and holds no image and no folder counts as one: as one that cannot be read.
 
     Raises:
         DataError: root is missing, not a folder, unreadable, holds no image, mixes the two
@@ -138,7 +146,7 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.append(entry.name)
                 elif _is_image_name(entry.name):
                     images.append(entry.name)
@@ -148,10 +156,29 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
         raise DataError(f"{folder}: is not a folder; give a folder of images") from error
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
-    return sorted(images), sorted(f for f in folders if not f.startswith("."))
+    unreadable = set(_folders_as_images(folder, folders))
+    folders = [f for f in folders if f not in unreadable and not f.startswith(".")]
+    return sorted([*images, *unreadable]), sorted(folders)
 
 
-def _images_under(top: Path) -> Iterator[str]:
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _folders_as_images(folder: str | os.PathLike, subfolders: list[str]) -> list[str]:
+    """The folders named as an image, "x.jpg", that hold neither images nor folders."""
+    found = []
+    for name in filter(_is_image_name, subfolders):
+        with suppress(OSError), os.scandir(os.path.join(folder, name)) as entries:
+            if not any(_is_image_name(entry.name) or _is_folder(entry) for entry in entries):
+                found.append(name)
+    return found
+
+
+def _images_under(top: str | os.PathLike) -> Iterator[str]:
     """Paths of the images below `top`, relative to it, in torchvision's ImageFolder's order."""
 
     def stop(error: OSError) -> None:
@@ -166,7 +193,7 @@ def _images_under(top: Path) -> Iterator[str]:
             raise DataError(f"{folder}: a link leads back to a folder above it; remove the link")
         above[folder] = outer | {real}
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        visited.append((folder, names))
+        visited.append((folder, names + _folders_as_images(folder, subfolders)))
     for folder, names in sorted(visited):
         relative = os.path.relpath(folder, top).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -20,9 +21,17 @@ from moco.data.device_crops import GpuDecoder, ResidentImages
 from moco.data.images import ImageSource
 from moco.data.sampler import EpochStream, Order, epoch_order
 from moco.data.two_views import TwoTables, TwoTablesAndFile, TwoViews
+from moco.data.workers import (
+    Board,
+    check_shared_memory,
+    full_shared_memory_as_error,
+    join_board,
+    note_idle,
+)
 from moco.errors import ConfigError, DataError
 
 _PREFETCH_BATCHES = 2  # per worker
+_WORKER_TIMEOUT_SECONDS = 300.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -45,7 +54,7 @@ class OneView(Dataset):
                 "names are the labels"
             )
         self.source = source
-        self.backend = BACKENDS[backend]
+        self.backend = backend  # its name: its functions cannot be sent to a worker
         self.size = size
         self.resize = eval_resize(size) if resize is None else resize
         if not 1 <= self.size <= self.resize:
@@ -58,9 +67,10 @@ class OneView(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        image = self.backend.read(self.source, index)
+        backend = BACKENDS[self.backend]
+        image = backend.read(self.source, index)
         view = torch.empty(3, self.size, self.size, dtype=torch.uint8)
-        self.backend.write_eval(image, self.size, self.resize, view.numpy())
+        backend.write_eval(image, self.size, self.resize, view.numpy())
         return view, self.source.labels[index], index
 
 
@@ -82,6 +92,7 @@ def build_pretrain_loader(
     device: torch.device | str = "cpu",
     order: Order = epoch_order,
     bad_images: BadImages | None = None,
+    worker_timeout_s: float = _WORKER_TIMEOUT_SECONDS,
 ) -> DataLoader:
     """Loader of this rank's share of global steps `first_step` .. `last_step` - 1, in one iterator.
 
@@ -95,9 +106,10 @@ def build_pretrain_loader(
         backend, decode, resident: AUGMENT.BACKEND, DECODE and RESIDENT of the configuration.
         device: where a resident data set lives and the GPU decodes.
         order: of the images of an epoch. bad_images: see `TwoViews`.
+        worker_timeout_s: without progress, after which workers are stuck; 0: never.
     Raises: ConfigError at once for a batch that does not fit (see EpochStream) or a device that
-        cannot decode; DataError at once for images that cannot be resident, and while iterating,
-        in this process, for an unreadable image.
+        cannot decode; DataError at once for images that cannot be resident or too little shared
+        memory, and while iterating, in this process, for an unreadable image or stuck workers.
     """
     stream = EpochStream(
         num_images=len(source),
@@ -114,12 +126,18 @@ def build_pretrain_loader(
     if resident:
         images = ResidentImages(source, size, device)
         tables = TwoTables(images.width, images.height, recipes, seed)
-        return _Loader(tables, stream, num_workers, pin_memory, finish=images)
+        return _Loader(
+            tables, stream, num_workers, pin_memory, finish=images, timeout_s=worker_timeout_s
+        )
     if decode == "gpu":
         decoder = GpuDecoder(source, size, device)
         files = TwoTablesAndFile(source, recipes, seed)
-        return _Loader(files, stream, num_workers, pin_memory, finish=decoder)
-    return _Loader(views, stream, num_workers, pin_memory)
+        return _Loader(
+            files, stream, num_workers, pin_memory, finish=decoder, timeout_s=worker_timeout_s
+        )
+    batch_bytes = 2 * 3 * size * size * stream.per_rank
+    check_shared_memory(batch_bytes, _PREFETCH_BATCHES * num_workers + 1, num_workers)
+    return _Loader(views, stream, num_workers, pin_memory, timeout_s=worker_timeout_s)
 
 
 def build_eval_loader(
@@ -156,6 +174,7 @@ class _Loader(DataLoader):
     Args:
         dataset: its `batch(keys)` makes a batch; without one, samples are collated.
         finish: applied to each batch in the main process.
+        timeout_s: see `Board`.
     """
 
     def __init__(
@@ -165,24 +184,28 @@ class _Loader(DataLoader):
         num_workers: int,
         pin_memory: bool,
         finish: Callable | None = None,
+        timeout_s: float = _WORKER_TIMEOUT_SECONDS,
     ):
         self.finish = finish
         if num_workers < 0:
             raise ConfigError(f"number of loader workers is {num_workers}; allowed: 0 or more")
+        source = getattr(dataset, "source", None)
+        self.board = Board(num_workers, source and source.note_path, timeout_s)
         super().__init__(
             _ErrorsAsValues(dataset),
             batch_sampler=batch_sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_init_worker,
+            worker_init_fn=functools.partial(_init_worker, self.board.rows),
+            timeout=self.board.look_s if num_workers else 0,
             prefetch_factor=_PREFETCH_BATCHES if num_workers else None,
             # Without its own generator a loader draws from torch's global one.
             generator=torch.Generator().manual_seed(0),
         )
 
     def __iter__(self) -> Iterator:
-        for batch in super().__iter__():
+        for batch in self.board.watched(super().__iter__()):
             if isinstance(batch, DataError):
                 raise batch
             yield batch if self.finish is None else self.finish(batch)
@@ -196,24 +219,28 @@ class _ErrorsAsValues(Dataset):
 
     def __getitems__(self, keys: list):
         try:
-            if hasattr(self.dataset, "batch"):
-                return self.dataset.batch(keys)
-            return default_collate([self.dataset[key] for key in keys])
+            with full_shared_memory_as_error():
+                if hasattr(self.dataset, "batch"):
+                    return self.dataset.batch(keys)
+                return default_collate([self.dataset[key] for key in keys])
         except DataError as error:
             return error
+        finally:
+            note_idle()
 
 
 def _as_it_is(batch):
     return batch
 
 
-def _init_worker(worker_id: int) -> None:
+def _init_worker(rows: ctypes.Array, worker_id: int) -> None:
     """One thread a worker, and signals to the whole process group are left to the main process.
 
     Ctrl-C and a scheduler's SIGTERM reach every process of the group. The main process then saves
     a checkpoint and needs its workers until it is done. SIGTERM is obeyed only when the main
     process itself sends it, which is how multiprocessing ends its workers.
     """
+    join_board(rows, worker_id)
     spare_overhead()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Blocked in this thread, and in the waiting thread, which inherits the mask.

@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from moco.data.workers import note_retry, num_worker_retries
 from moco.errors import DataError
 
 MAX_FILE_BYTES = 1 << 30  # of one image; what is larger is no photograph
-# Network file systems and failing disks; the same read often succeeds a moment later.
+# A disk's read error, a network file system's handle of before its server restarted, its server's
+# silence, and a read interrupted by memory pressure: the same read often succeeds a moment later.
+# What stays so (ENOENT, EACCES, ELOOP, ...) is said at once.
 _PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 _DELAYS = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth try
 
@@ -22,13 +25,23 @@ _num_retries = 0
 
 
 class UnreadableImage(DataError):
-    """One image is unreadable, today and tomorrow: its file, not the disk, is at fault."""
+    """One image is unreadable, today and tomorrow: its file, not the disk, is at fault.
+
+    Attributes:
+        name: of the image, its path.
+        reason: why, without the name.
+    """
+
+    def __init__(self, message: str, name: str = "", reason: str = ""):
+        super().__init__(message)
+        self.name, self.reason = name, reason or message
 
 
 def unreadable(name: str | os.PathLike, reason: str) -> UnreadableImage:
     """The one line about an image that cannot be read."""
+    reason = " ".join(reason.split())
     return UnreadableImage(
-        f"{name}: cannot be read as an image ({' '.join(reason.split())}); replace or remove it"
+        f"{name}: cannot be read as an image ({reason}); replace or remove it", str(name), reason
     )
 
 
@@ -68,6 +81,7 @@ def retried(name: str, read: Callable[[], _T]) -> _T:
                     "network it is on"
                 ) from error
             _num_retries += 1
+            note_retry()
             print(
                 f"warning: {name}: {error.strerror}; trying again in {delay:g} s "
                 f"(retry {_num_retries} of process {os.getpid()})",
@@ -79,8 +93,8 @@ def retried(name: str, read: Callable[[], _T]) -> _T:
 
 
 def num_retries() -> int:
-    """How many reads this process has had to try again."""
-    return _num_retries
+    """How many reads this process and its loader workers have had to try again."""
+    return _num_retries + num_worker_retries()
 
 
 def open_regular(path: str | os.PathLike, *, follow_links: bool = True) -> int:

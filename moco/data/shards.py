@@ -14,6 +14,7 @@ from PIL import Image
 from moco.data.reading import open_regular, retried
 from moco.data.rgb import decode_rgb
 from moco.data.shard_index import PackIndex, read_index, shard_of_other_size
+from moco.data.workers import note_image
 from moco.errors import DataError
 
 _OPEN_SHARDS = 64  # file descriptors a process keeps
@@ -77,8 +78,13 @@ class ShardSource:
         name = self.index.names[ends[index - 1] + 1 if index else 0 : ends[index]].decode()
         return f"{os.path.join(self.root, shard)}: {name}"
 
+    def note_path(self, index: int) -> str:
+        """The name of the image that `note_image` was given."""
+        return self.path(index)
+
     def read_bytes(self, index: int) -> bytes:
         """The file of image `index`. Raises DataError where it is not what was packed."""
+        note_image(index)
         sample = self.index.samples[index]
         number = int(sample["shard"])
         path = os.path.join(self.root, self.index.shards[number])

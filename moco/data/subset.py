@@ -32,6 +32,10 @@ class SubsetSource:
     def path(self, index: int) -> str:
         return self.source.path(self.indices[index])
 
+    def note_path(self, index: int) -> str:
+        """The name of the image that `note_image` was given: by the number in the whole source."""
+        return self.source.note_path(index)
+
     def read_bytes(self, index: int) -> bytes:
         return self.source.read_bytes(self.indices[index])
 

@@ -12,6 +12,7 @@ import torch
 
 from moco import distributed
 from moco.cfgnode import CfgNode, dump_yaml
+from moco.data import workers
 from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from moco.data.images import ImageSource
 from moco.data.labelled import LabelledStream, build_labelled_loader, classification_recipe
@@ -114,7 +115,7 @@ class LinearTrainer:
         self.steps_per_epoch = self.stream.steps_per_epoch
         self.total_steps = cfg.TRAIN.EPOCHS * self.steps_per_epoch
         self.identity = LinearIdentity.of(cfg, weights, train, test, process.world_size)
-        checkpoint = self._find_checkpoint(resume)
+        checkpoint = ckpt.find_checkpoint(self.output_dir, resume, self.say)
         self.classifier = self._build_classifier()
         self.base_rates = [cfg.TRAIN.LR]
         if cfg.FINETUNE.ENABLED:
@@ -140,7 +141,9 @@ class LinearTrainer:
 
         Returns: None when finished, else the signal's number.
         """
-        with caught_signals() as received, dead_worker_as_data_error("DATA.NUM_WORKERS"):
+        with caught_signals() as received, dead_worker_as_data_error(
+            "DATA.NUM_WORKERS", workers.doing
+        ):
             stopped = self._run(observers, received)
         return (received or [15])[0] if stopped else None
 
@@ -296,18 +299,6 @@ class LinearTrainer:
             pin_memory=process.device.type == "cuda",
             backend=data.BACKEND,
         )
-
-    def _find_checkpoint(self, resume: bool) -> Path | None:
-        found = ckpt.checkpoint_files(self.output_dir)
-        if found and not resume:
-            raise CheckpointError(
-                f"{self.output_dir}: already holds {len(found)} checkpoints of a run; add "
-                "--resume to continue it, or give another --output-dir"
-            )
-        path, _, refused = ckpt.latest_verified(self.output_dir)
-        for _, reason in refused:
-            self.say(f"refused: {reason}")
-        return path
 
 
 def evaluate_linear(

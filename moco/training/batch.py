@@ -123,6 +123,7 @@ def build_loader(
         first_step=first_step,
         last_step=last_step,
         num_workers=data.NUM_WORKERS,
+        worker_timeout_s=data.WORKER_TIMEOUT,
         pin_memory=process.device.type == "cuda",
         backend=cfg.AUGMENT.BACKEND,
         decode=cfg.AUGMENT.DECODE,

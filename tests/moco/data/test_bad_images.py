@@ -70,11 +70,13 @@ def test_every_bad_image_is_replaced_and_listed(source, tmp_path, capfd):
     shown = torch.cat([index for _, _, index in batches]).tolist()
     assert len(shown) == 48 and not set(BAD) & set(shown)
     found = {line["index"]: line["reason"] for line in listed(tmp_path / "run")}
-    assert sorted(found) == list(BAD)
-    assert "03.png: cannot be read as an image (it is empty)" in found[3]
+    assert sorted(found) == list(BAD) and found[3] == "it is empty"
+    paths = {line["index"]: line["path"] for line in listed(tmp_path / "run")}
+    assert paths == {index: source.path(index) for index in BAD}
     assert "truncated" in found[11] and "no known image format" in found[17]
     said = capfd.readouterr().err
     assert said.count("warning: ") == 3 and "3 bad images, 4 of 24 are allowed" in said
+    assert "03.png: cannot be read as an image (it is empty)" in said
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -107,6 +107,20 @@ def test_folder_links_are_followed_but_not_round_in_circles(tmp_path):
         (root / "cat" / "loop").unlink()
 
 
+@pytest.mark.parametrize("layout", ["", "cat"])
+def test_a_link_to_itself_and_a_folder_named_as_an_image_are_unreadable_images(tmp_path, layout):
+    """Neither makes the whole folder unreadable, and neither is skipped."""
+    folder = tmp_path / layout
+    write_image(folder / "b.png")
+    os.symlink("a.jpg", folder / "a.jpg")
+    (folder / "c.jpg").mkdir()
+    (folder / "notes").mkdir()
+    source = find_images(tmp_path)
+    assert [os.path.basename(path) for path in source.paths] == ["a.jpg", "b.png", "c.jpg"]
+    assert "a.jpg: cannot be read as an image (Too many levels" in error_line(source.open, 0)
+    assert "c.jpg: cannot be read as an image (it is a folder)" in error_line(source.open, 2)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb_as_in_torchvision(tmp_path, mode):
     path = tmp_path / "c" / ("x.tif" if mode == "CMYK" else "x.png")

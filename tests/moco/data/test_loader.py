@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -169,6 +170,13 @@ def test_eval_loader_gives_every_image_once_in_order(source):
     assert torch.equal(images, torch.stack([theirs(source.open(i)) for i in range(9)]))
     unscaled = next(iter(build_eval_loader(source, 16, 9, 0, resize=16)))[0]
     assert not torch.equal(unscaled, images)
+
+
+def test_loaders_can_be_sent_to_a_worker_that_is_not_forked(source):
+    for loader in (build_eval_loader(source, 16, 4, 0), pretrain_loader(source)):
+        sent = pickle.loads(pickle.dumps(loader.dataset))
+        keys = next(iter(loader.batch_sampler))
+        assert_same([sent.__getitems__(keys)], [next(iter(loader))])
 
 
 def test_eval_loader_errors(source, tmp_path):

@@ -1,0 +1,179 @@
+"""What loader workers are doing, so that a dead or stuck one, and its image, can be named.
+
+A worker notes in shared memory which image it is at. The main process reads it when torch reports
+a death, or when no batch comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+from moco.errors import DataError
+
+_SHARED_MEMORY = "/dev/shm"
+_LOOKS = 4  # in a timeout; a job that was stopped and goes on has not been waiting all the time
+_PATIENCE_SECONDS = 2.0  # for a killed process to be gone
+_IDLE = -1
+
+
+class _Row(ctypes.Structure):
+    """Of one worker. index: of the image it is at; num_changes: what it has noted so far."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("pid", "index", "num_changes", "num_retries")]
+
+
+_own_row: _Row | None = None  # in a worker process
+_boards: weakref.WeakSet[Board] = weakref.WeakSet()  # in the process that started the workers
+_num_past_retries = 0  # of workers whose loader is gone
+
+
+def note_image(index: int) -> None:
+    """This process begins with image `index` of its source; in no worker nothing happens."""
+    _note(index)
+
+
+def note_idle() -> None:
+    """This process has done all it was asked for."""
+    _note(_IDLE)
+
+
+def note_retry() -> None:
+    """A read failed and is tried again, which counts as being at work."""
+    if _own_row is not None:
+        _own_row.num_retries += 1
+        _own_row.num_changes += 1
+
+
+def _note(index: int) -> None:
+    if _own_row is not None:
+        _own_row.index = index
+        _own_row.num_changes += 1
+
+
+def num_worker_retries() -> int:
+    """How many reads the workers of this process have had to try again, those that ended too."""
+    return _num_past_retries + sum(row.num_retries for board in _boards for row in board.rows)
+
+
+def doing(pids: Sequence[int]) -> str:
+    """What the worker processes with these numbers were at, in words; "" where it is not known."""
+    return ", ".join(
+        words for board in list(_boards) for row, words in board.in_words() if row.pid in pids
+    )
+
+
+class Board:
+    """The rows of one loader's workers.
+
+    Args:
+        path_of: the name of an image, for messages.
+        timeout_s: without any progress, after which workers count as stuck; 0: they never do.
+    """
+
+    def __init__(self, num_workers: int, path_of: Callable[[int], str] | None, timeout_s: float):
+        self.rows = multiprocessing.RawArray(_Row, num_workers)
+        self.path_of, self.timeout_s = path_of, timeout_s
+        _boards.add(self)
+        weakref.finalize(self, _keep_retries, self.rows).atexit = False
+
+    @property
+    def look_s(self) -> float:
+        """Seconds for torch to wait for a batch before it asks what is wrong."""
+        return self.timeout_s / _LOOKS
+
+    def in_words(self) -> Iterator[tuple[_Row, str]]:
+        for number, row in enumerate(self.rows):
+            if row.index == _IDLE:
+                at = "had nothing to do"
+            else:
+                at = self.path_of(row.index) if self.path_of else f"image {row.index}"
+                at = f"was at {at}"
+            yield row, f"worker {number} (process {row.pid}) {at}"
+
+    def watched(self, batches: Iterator) -> Iterator:
+        """The batches of a DataLoader with the timeout `look_s`.
+
+        Raises: DataError where for `timeout_s` seconds no batch came and no worker got anywhere.
+            All of them are killed, since they may never end by themselves.
+        """
+        while True:
+            seen, num_looks = None, 0
+            while num_looks < _LOOKS:
+                try:
+                    batch = next(batches)
+                    break
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    # torch's iterator stays what it was: its next() waits for the same batch.
+                    if "DataLoader timed out" not in str(error):
+                        raise
+                now = [row.num_changes for row in self.rows]
+                num_looks = num_looks + 1 if now == seen else 1
+                seen = now
+            else:
+                words = "; ".join(words for _, words in self.in_words())
+                self._kill()
+                raise DataError(
+                    f"training data: no loader worker got any further for {self.timeout_s:g} s: "
+                    f"{words}; check the disk or network that the images are on, or raise "
+                    "DATA.WORKER_TIMEOUT (seconds; 0 waits for ever)"
+                )
+            yield batch
+
+    def _kill(self) -> None:
+        pids = {row.pid for row in self.rows}
+        for process in multiprocessing.active_children():
+            # torch's handler of SIGCHLD reports their death, which is what is wanted here.
+            with contextlib.suppress(RuntimeError):
+                if process.pid in pids:
+                    process.kill()
+                    process.join(_PATIENCE_SECONDS)
+
+
+def join_board(rows: ctypes.Array, number: int) -> None:
+    """In a worker process: notes go to row `number` from here on."""
+    global _own_row
+    _own_row = rows[number]
+    _own_row.pid, _own_row.index = os.getpid(), _IDLE
+
+
+def _keep_retries(rows: ctypes.Array) -> None:
+    global _num_past_retries
+    _num_past_retries += sum(row.num_retries for row in rows)
+
+
+def check_shared_memory(batch_bytes: int, num_batches: int, num_workers: int) -> None:
+    """Raises: DataError where the batches that wait at a time do not fit into shared memory."""
+    if not num_workers or not os.path.isdir(_SHARED_MEMORY):
+        return
+    free, needed = shutil.disk_usage(_SHARED_MEMORY).free, batch_bytes * num_batches
+    if needed > free:
+        raise _too_little(f"{num_workers} workers hand over up to {num_batches} batches of "
+                          f"{batch_bytes} bytes, {needed} bytes", free)  # fmt: skip
+
+
+@contextlib.contextmanager
+def full_shared_memory_as_error() -> Iterator[None]:
+    """Turn torch's report that it got no shared memory into a DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "</torch_" not in str(error):
+            raise
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        reason = " ".join(str(error).split())
+        raise _too_little(f"a batch does not fit ({reason})", free) from error
+
+
+def _too_little(what: str, free: int) -> DataError:
+    return DataError(
+        f"{_SHARED_MEMORY}: {what}; {free} bytes are free; give more shared memory (docker: "
+        "--shm-size), or fewer DATA.NUM_WORKERS, 0 of which need none"
+    )
