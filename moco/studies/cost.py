@@ -155,7 +155,8 @@ def _peak_rss() -> int:
 
 
 def last_batch(costs: Sequence[dict], memory_limit: float) -> int | None:
-    """The largest batch within `memory_limit` GiB, by a line through the two largest measured."""
+    """The largest batch within `memory_limit` GiB, by a line through the two largest measured; 0
+    where the weights alone take more."""
     measured = [(c["batch"], c["gib"]) for c in costs if "gib" in c]
     if len(measured) < 2:
         return None
@@ -163,7 +164,7 @@ def last_batch(costs: Sequence[dict], memory_limit: float) -> int | None:
     slope = (gib_b - gib_a) / (batch_b - batch_a)
     if slope <= 0:
         return None
-    return int(batch_b + (memory_limit - gib_b) / slope)
+    return max(0, int(batch_b + (memory_limit - gib_b) / slope))
 
 
 def cost_in_words(cost: dict) -> str:
@@ -190,7 +191,7 @@ def markdown(content: dict) -> str:
         "",
         f"Medians of {content['num_steps']} steps on {content['device']}, each row and batch in a "
         "process of its own; in brackets the multiple of the first row. Memory ends: the batch at "
-        f"{content['memory_limit_gib']:.0f} GiB on a line through the two largest batches.",
+        f"{content['memory_limit_gib']:.3g} GiB on a line through the two largest batches.",
     ]
     if content["source"]:
         lines.append(f"Published: {content['source']}.")

@@ -194,6 +194,7 @@ def test_where_memory_ends_by_hand():
     costs = [{"batch": 8, "gib": 1.0}, {"batch": 16, "gib": 2.0}, {"batch": 32, "error": "none"}]
     assert cost.last_batch(costs, 10.0) == 80  # an eighth of a GiB an image
     assert cost.last_batch(costs[:1], 10.0) is None
+    assert cost.last_batch(costs, 0.01) == 0  # not even the weights
     row = {"name": "A", "published": {"GB": 5.0}, "last_batch": 80,
            "costs": [{"batch": 8, "seconds": 0.5, "gib": 1.0}]}  # fmt: skip
     other = {**row, "name": "B", "costs": [{"batch": 8, "seconds": 1.0, "gib": 1.5}]}
