@@ -19,18 +19,21 @@ setup(
         "torchvision>=0.25",
         "fvcore>=0.1.5.post20221221",  # CfgNode and schedules, the ones Detectron2 uses
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.3",  # older: advisories
         "opencv-python-headless>=4.10",  # the default augmentation; 4.10 is the first with numpy 2
         "pycocotools>=2.0.7",  # COCO's own metric, and its masks
         "PyYAML>=6",
         "tensorboard>=2.14",
-        "tqdm>=4.60",
+        "tqdm>=4.66.3",
         "matplotlib>=3.7",
         "scipy>=1.11",  # Welch's interval in the report
         "safetensors>=0.4.3",  # weights files without pickle
     ],
     extras_require={
-        "probes": ["scikit-learn>=1.4"],  # tools/evaluate_svm.py
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-learn>=1.4"],
+        "probes": ["scikit-learn>=1.5"],  # tools/evaluate_svm.py
+        "test": [
+            "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-learn>=1.5",
+            "hypothesis>=6",  # the fuzz of our parsers
+        ],
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import tiny
@@ -67,20 +66,6 @@ def trainer(
         cfg, read_pretrained(weights), choose_labels(train, cfg.DATA), test, folder,
         process or tiny.alone(), resume=resume, say=lambda line: None,
     )  # fmt: skip
-
-
-class StopAfter:
-    """Sends a signal to this process when a step is done, as a scheduler would."""
-
-    def __init__(self, step: int, signum: int = signal.SIGTERM):
-        self.step, self.signum = step, signum
-
-    def on_step(self, record) -> None:
-        if record.step == self.step:
-            signal.raise_signal(self.signum)
-
-    def on_epoch(self, record) -> None:
-        pass
 
 
 def digest(folder: Path, name: str = LAST) -> str:

@@ -1,25 +1,50 @@
-"""tools/pretrain.py that ends by a fault at its first start; for launchers that start it again.
+"""tools/pretrain.py with a fault at each start; for launchers that start it again.
 
-python tests/pretrain_with_fault.py HOW STEP RANK MARKER [flags of tools/pretrain.py]
-(HOW and STEP as in faults.Stop; the fault is armed where the file MARKER.RANK does not exist)
+python tests/pretrain_with_fault.py FAULTS FOLDER [flags of tools/pretrain.py]
+
+FAULTS: JSON, of each start a list: ["stop", HOW, STEP, RANK] as of faults.Stop, ["forget", PART] as
+of faults.forget, or any other function of faults.py with its arguments; none after the last.
+FOLDER: receives `start_N.RANK` as a rank starts, with the time of its first step as its content,
+and `killed_N.RANK`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from faults import Stop, arm  # noqa: E402
+import faults  # noqa: E402
 from scripts import load_tool  # noqa: E402
 
-if __name__ == "__main__":
-    how, step, rank, marker, *flags = sys.argv[1:]
-    own_rank = int(os.environ.get("RANK", "0"))
-    started = Path(f"{marker}.{own_rank}")
-    if not started.exists():
-        started.touch()
-        arm(Stop(how, int(step), int(rank)), own_rank)
+
+def main() -> None:
+    given, folder, *flags = sys.argv[1:]
+    rank = int(os.environ.get("RANK", "0"))
+    starts = json.loads(given)
+    number = len(list(Path(folder).glob(f"start_*.{rank}")))
+    started = Path(folder, f"start_{number}.{rank}")
+    started.touch()
+    die = faults.die
+
+    def die_noted() -> None:
+        Path(folder, f"killed_{number}.{rank}").write_text(str(time.time()))
+        die()
+
+    faults.die = die_noted
+    faults.after_first_step(lambda: started.write_text(str(time.time())))
+    if number < len(starts):
+        name, *words = starts[number]
+        if name == "stop":
+            faults.arm(faults.Stop(*words), rank)
+        else:
+            getattr(faults, name)(*words)
     load_tool("pretrain").main(flags)
+
+
+if __name__ == "__main__":
+    main()

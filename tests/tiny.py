@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 
 from moco.config import load_pretrain_config
+from moco.data.images import find_images
 from moco.distributed import ProcessInfo, tensors_digest
+from moco.training.trainer import Trainer
 
 OVERRIDES = {
     "MODEL.ARCH": "resnet18",
@@ -79,3 +83,25 @@ def state_digest(content: dict) -> str:
         for name, value in entry.items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
     return f"{content['epoch']}-{content['extra']['step']}-{tensors_digest(tensors)}"
+
+
+def trainer(images, folder, said: list[str], *, allow_change=(), resume=True, **changes):
+    """The tiny run of one process, continued where `folder` holds a checkpoint of it."""
+    return Trainer(
+        config(**changes), find_images(images), folder, alone(),
+        resume=resume, allow_change=allow_change, say=said.append,
+    )  # fmt: skip
+
+
+class StopAfter:
+    """An observer that sends this process a signal once a step is done, as a scheduler would."""
+
+    def __init__(self, step: int, signum: int = signal.SIGTERM):
+        self.step, self.signum = step, signum
+
+    def on_step(self, record) -> None:
+        if record.step == self.step:
+            signal.raise_signal(self.signum)
+
+    def on_epoch(self, record) -> None:
+        pass

@@ -6,6 +6,7 @@ import signal
 
 import linear_runs as runs
 import pytest
+import tiny
 import torch
 from processes import in_processes
 
@@ -115,7 +116,7 @@ def test_fewer_images_than_processes_in_the_last_batch(image_folder, tmp_path):
 def _stop_and_resume(rank, images, weights, folder, finetune):
     options = {"FINETUNE__ENABLED": finetune}
     trainer = runs.trainer(images, weights, folder, process(rank), **options)
-    stopped = trainer.train([runs.StopAfter(4)] if rank == 1 else [])
+    stopped = trainer.train([tiny.StopAfter(4)] if rank == 1 else [])
     resumed = runs.trainer(images, weights, folder, process(rank), resume=True, **options)
     resumed.train()
     return stopped, resumed.total_steps

@@ -4,85 +4,32 @@ Both ways of reading the findings: at once, as on a CPU, and one step later whil
 out the update, as on a GPU (here with torch's fused SGD, which obeys `found_inf` on a CPU too).
 """
 
-import contextlib
-import io
 import itertools
 import signal
 
 import pytest
 import tiny
 import torch
+from poison import (
+    BAD_STEP,
+    PLACES,
+    RANKS,
+    make_images,
+    make_trainer,
+    poisoned,
+    replay_lists_the_batch,
+)
 from processes import in_processes
 
-from moco.data.images import find_images
-from moco.distributed import ProcessInfo, tensors_digest
-from moco.errors import exit_on_error
 from moco.training import checkpoint as ckpt
-from moco.training.batch import build_loader
-from moco.training.trainer import Trainer
 
-PLACES = ("loss", "gradient", "keys", "queue")
-RANKS = (0, 1)
 READINGS = ("at once", "a step later")
-BAD_STEP = 5  # the second of the second epoch: one checkpoint is there
 NAMES = {
     "loss": ("the loss is not finite", "loss=nan"),
     "gradient": ("the gradient is not finite", "gradient of encoder_q.layer1.0.conv1.weight"),
     "keys": ("keys are not finite", "1 of 4 keys"),
     "queue": ("the loss is not finite", "queue itself; loss=nan"),
 }
-
-
-def _trainer(rank, images, folder, reading="at once", resume=False):
-    cfg = tiny.config(TRAIN__EPOCHS=2, LOG__PERIOD=1 if reading == "at once" else 5)
-    process = ProcessInfo(rank, 2, rank, torch.device("cpu"))
-    trainer = Trainer(cfg, find_images(images), folder, process, resume=resume, say=lambda _: None)
-    if reading == "a step later":
-        options = dict(lr=cfg.TRAIN.LR, momentum=0.9, weight_decay=cfg.TRAIN.WEIGHT_DECAY)
-        trainer.optimizer = torch.optim.SGD(trainer.method.parameters(), fused=True, **options)
-        trainer.guard.delayed = True
-    if reading == "blind":
-        trainer.guard.check = lambda *args, **options: None
-    return trainer
-
-
-class Poison:
-    """Puts NaN into one place of step BAD_STEP, and notes the state before it."""
-
-    def __init__(self, trainer, place, active):
-        self.trainer, self.method, self.place, self.active = trainer, trainer.method, place, active
-        self.step, self.before, self.bad_images, self.images = -1, None, None, None
-        self.prepare, self.contrast = self.method.prepare, self.method.contrast
-        self.method.prepare, self.method.contrast = self._prepare, self._contrast
-        self.method.encoder_q.layer1[0].conv1.weight.register_hook(self._gradient)
-
-    def _now(self, place):
-        """Also when the step is done again, to find out whose gradient it was."""
-        bad = self.bad_images is not None and torch.equal(self.images, self.bad_images)
-        return self.active and self.place == place and bad
-
-    def _prepare(self, *args, **options):
-        self.step += 1
-        if self.step == BAD_STEP:
-            if self.active and self.place == "queue":
-                self.method.queue[0, 3] = float("nan")
-            self.before = learned(self.trainer)
-        return self.prepare(*args, **options)
-
-    def _contrast(self, view_q, view_k, index, *others):
-        self.images = index
-        if self.step == BAD_STEP:
-            self.bad_images = index
-        output = self.contrast(view_q, view_k, index, *others)
-        if self._now("loss"):
-            output.loss = output.loss * float("nan")
-        if self._now("keys"):
-            output.keys_VBD = output.keys_VBD.clone()
-            output.keys_VBD[0, 1, 2] = float("nan")
-        return output
-
-    def _gradient(self, gradient):
-        return gradient * float("nan") if self._now("gradient") else gradient
 
 
 class StopRank1:
@@ -99,44 +46,18 @@ class StopRank1:
         pass
 
 
-def learned(trainer):
-    """Digest of what an update changes: query encoder, queue, pointer, optimizer."""
-    state = dict(trainer.method.encoder_q.named_parameters())
-    state |= dict(trainer.method.named_buffers(recurse=False))
-    for number, entry in trainer.optimizer.state_dict()["state"].items():
-        state[f"optimizer.{number}"] = entry["momentum_buffer"]
-    return tensors_digest(state)
-
-
-def _poisoned(rank, images, folder, place, bad_rank, reading):
-    trainer = _trainer(rank, images, folder, reading)
-    poison = Poison(trainer, place, active=rank == bad_rank)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-        exit_on_error(trainer.train)()
-    keys = [p for p in trainer.method.encoder_k.parameters()]
-    return {
-        "code": ended.value.code,
-        "message": said.getvalue(),
-        "step": poison.step,
-        "unchanged": learned(trainer) == poison.before,
-        "key encoder is finite": all(bool(torch.isfinite(p).all()) for p in keys),
-        "files": sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")),
-    }
-
-
 def _all(rank, images, folder):
     found = {}
     for number, case in enumerate(itertools.product(PLACES, RANKS, READINGS)):
-        found["/".join(map(str, case))] = _poisoned(rank, images, folder / str(number), *case)
-    found["control"] = _poisoned(rank, images, folder / "control", "gradient", 0, "blind")
-    stopped = _trainer(rank, images, folder / "stopped", "a step later")
+        found["/".join(map(str, case))] = poisoned(rank, images, folder / str(number), *case)
+    found["control"] = poisoned(rank, images, folder / "control", "gradient", 0, "blind")
+    stopped = make_trainer(rank, images, folder / "stopped", "a step later")
     found["stopped"] = [stopped.train([StopRank1(rank)]), stopped.last_step]
     # The runs of the first and last place go on from what is left of them.
-    whole = _trainer(rank, images, folder / "whole")
+    whole = make_trainer(rank, images, folder / "whole")
     whole.train()
     for number in (0, 12):
-        resumed = _trainer(rank, images, folder / str(number), resume=True)
+        resumed = make_trainer(rank, images, folder / str(number), resume=True)
         found[f"resumed {number}"] = resumed.first_step
         resumed.train()
     return found
@@ -144,14 +65,8 @@ def _all(rank, images, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    from PIL import Image
-
     base = tmp_path_factory.mktemp("nonfinite")
-    (base / "images").mkdir()
-    for i in range(32):
-        image = Image.new("RGB", (20, 20), (8 * i, 255 - 6 * i, 100))
-        image.paste((255 - 8 * i, 40, 7 * i), (i % 5, i % 7, i % 5 + 9, i % 7 + 6))
-        image.save(base / "images" / f"{i:02d}.png")
+    make_images(base / "images")
     return base, in_processes(_all, base, base / "images", base / "runs")
 
 
@@ -195,27 +110,17 @@ def test_a_signal_is_read_a_step_later_too_by_both(ranks):
 def test_the_replay_file_lists_every_ranks_images(ranks):
     base, found = ranks
     case = list(itertools.product(PLACES, RANKS, READINGS)).index(("keys", 1, "at once"))
-    replay = torch.load(base / f"runs/{case}/nonfinite_step_{BAD_STEP}.pt", weights_only=True)
-    assert (replay["step"], replay["epoch"], replay["world_size"]) == (BAD_STEP, 1, 2)
-    assert [r["rank"] for r in replay["ranks"]] == [0, 1]
+    path = base / f"runs/{case}/nonfinite_step_{BAD_STEP}.pt"
+    assert replay_lists_the_batch(path, base / "images")
+    replay = torch.load(path, weights_only=True)
     assert replay["ranks"][0]["findings"] == [] and replay["ranks"][1]["findings"]
     whole = ckpt.read_torch_file(base / "runs/whole/checkpoint_0001.pth.tar")
     assert replay["config_digest"] == whole["extra"]["config_digest"]
-    source = find_images(base / "images")
-    for report in replay["ranks"]:  # as docs/TRAINING.md makes the batch again
-        process = ProcessInfo(report["rank"], 2, 0, torch.device("cpu"))
-        again = build_loader(
-            tiny.config(), source, process, first_step=BAD_STEP, last_step=BAD_STEP + 1
-        )
-        assert next(iter(again))[2].tolist() == report["indices"]
-        assert report["names"] == [f"{index:02d}.png" for index in report["indices"]]
 
 
 def test_a_stopped_run_goes_on_from_its_last_good_checkpoint(ranks):
     base, found = ranks
-    expected = tiny.state_digest(
-        ckpt.read_torch_file(base / "runs/whole/checkpoint_0001.pth.tar")
-    )
+    expected = tiny.state_digest(ckpt.read_torch_file(base / "runs/whole/checkpoint_0001.pth.tar"))
     for number in (0, 12):
         assert [rank[f"resumed {number}"] for rank in found] == [4, 4]
         content = ckpt.read_torch_file(base / f"runs/{number}/checkpoint_0001.pth.tar")

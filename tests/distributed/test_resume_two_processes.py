@@ -2,9 +2,9 @@
 
 import os
 import resource
-import signal
 
 import pytest
+import tiny
 import torch
 from faults import STOPS, Stop
 from pretrain_runs import arguments, final_digest, make_images, pretrain, stop_and_continue
@@ -48,18 +48,6 @@ def test_any_stop_continues_to_the_same_bits(stop, images, uninterrupted, tmp_pa
     assert (found["digest"], found["names"]) == uninterrupted
 
 
-class _StopAfter:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, record):
-        if record.step == self.step:
-            signal.raise_signal(signal.SIGTERM)
-
-    def on_epoch(self, record):
-        pass
-
-
 def _states(trainer):
     tensors = dict(trainer.method.state_dict())
     for index, entry in trainer.optimizer.state_dict()["state"].items():
@@ -79,7 +67,7 @@ def _every_variant(rank, images, folder):
                 resume=True, say=lambda line: None,
             )  # fmt: skip
 
-        code = trainer("stopped").train([_StopAfter(2)] if rank == 1 else [])
+        code = trainer("stopped").train([tiny.StopAfter(2)] if rank == 1 else [])
         resumed, whole = trainer("stopped"), trainer("whole")
         assert (code, resumed.first_step) == (143, 3)
         resumed.train()

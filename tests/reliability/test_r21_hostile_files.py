@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import os
 import pickle
 import resource
 import struct
 import sys
+import tarfile
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from torch_files import in_archive, rezipped, saved
 
 from detection.data.data_check import raise_for_problems
 from detection.data.voc import DatasetSpec, load_records
 from detection.weights_file import read_weights_file
 from moco.config import load_pretrain_config
+from moco.data.shard_scan import index_shards
 from moco.errors import MocoError
 from moco.training import checkpoint as ckpt
 from moco.training.checkpoint import read_torch_file
+from moco.training.layouts import read_backbone, read_weights
 
 pytestmark = pytest.mark.faults
 MARKER = "touched"
@@ -43,25 +50,10 @@ PYTHON = Calls(eval, f"open({MARKER!r}, 'w').close()")
 GLOBAL = b"cos\nsystem\n(X" + struct.pack("<I", 13) + b"touch touched" + b"tR."
 
 
-def saved(content: object, **options) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def rezipped(data: bytes, how: int = zipfile.ZIP_STORED, **changes: bytes) -> bytes:
-    """A torch file, written again with `how`, and with other bytes for pkl=, storage= entries."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", how) as new:
-        for entry in old.infolist():
-            kind = "pkl" if entry.filename.endswith("data.pkl") else "storage"
-            is_changed = kind in changes and (kind == "pkl" or "/data/" in entry.filename)
-            new.writestr(entry.filename, changes[kind] if is_changed else old.read(entry))
-    return out.getvalue()
-
-
-def in_archive(pickled: bytes) -> bytes:
-    return rezipped(saved({"a": torch.zeros(2)}), pkl=pickled)
+def hiding_its_methods() -> OrderedDict:
+    state = OrderedDict(PLAIN)
+    state.get = "x"
+    return state
 
 
 PLAIN = {"a": torch.zeros(2)}
@@ -89,6 +81,8 @@ TORCH_FILES = {
     "a storage cut short": lambda: rezipped(saved({"a": torch.zeros(1000)}), storage=b"\0" * 8),
     "no data.pkl": lambda: rezipped(saved(PLAIN), pkl=b""),
     "truncated archive": lambda: saved({"a": torch.zeros(1000)})[:-100],
+    "4 bytes that claim 16 TB": lambda: saved({"a": torch.zeros(1).expand(1 << 42)}),
+    "a dict whose methods are hidden": lambda: saved({"state_dict": hiding_its_methods()}),
     "endless pickle": lambda: in_archive(b"\x80\x02" + b"(" * 200_000),
     "deep tuples": lambda: in_archive(b"\x80\x02)" + b"\x85" * 200_000 + b"."),
     "zero bytes": lambda: b"",
@@ -127,6 +121,98 @@ XMLS = {
 }
 
 
+def safetensors_file(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(shape: list, start: int, end: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+SAFETENSORS = {
+    "a header of 2^63 bytes": lambda: safetensors_file(b"{}", length=1 << 63),
+    "a header of 90 MB, not there": lambda: safetensors_file(b"{}", length=90 << 20),
+    "a header longer than the file": lambda: safetensors_file(b"{}", length=3),
+    "no JSON": lambda: safetensors_file(b"{" * 100),
+    "deep JSON": lambda: safetensors_file(b'{"a":' * 100_000),
+    "no UTF-8": lambda: safetensors_file(b'{"\xff": 1}'),
+    "a list": lambda: safetensors_file([1]),
+    "beyond the data": lambda: safetensors_file({"conv1.weight": entry([4], 0, 16)}, b"0" * 8),
+    "overlapping": lambda: safetensors_file(
+        {"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"0" * 12
+    ),
+    "a gap": lambda: safetensors_file({"a": entry([1], 4, 8)}, b"0" * 8),
+    "backwards": lambda: safetensors_file({"a": entry([1], 8, 4)}, b"0" * 8),
+    "a shape of 2^62": lambda: safetensors_file({"a": entry([1 << 31, 1 << 31], 0, 8)}, b"0" * 8),
+    "a shape that overflows": lambda: safetensors_file({"a": entry([1 << 63, 2], 0, 0)}),
+    "a negative shape": lambda: safetensors_file({"a": entry([-1], 0, 4)}, b"0" * 4),
+    "an unknown type": lambda: safetensors_file({"a": entry([1], 0, 4, "X9")}, b"0" * 4),
+    "a key twice": lambda: safetensors_file(
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+        b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', b"0" * 8
+    ),
+    "metadata of objects": lambda: safetensors_file({"__metadata__": {"a": {"b": 1}}}),
+    "bytes after the data": lambda: safetensors_file({"a": entry([1], 0, 4)}, b"0" * 400),
+    "zero bytes": lambda: b"",
+    "a pickle": lambda: pickle.dumps(SHELL),
+}  # fmt: skip
+
+
+def tar(*members: tuple[str, dict], data: bytes = b"x" * 9) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, fields in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            archive.addfile(info, io.BytesIO(data) if info.isreg() else None)
+    return out.getvalue()
+
+
+def patched(data: bytes, at: int, value: bytes) -> bytes:
+    """The first header with other bytes at `at`, and its right checksum."""
+    data = bytearray(data)
+    data[at : at + len(value)] = value
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    return bytes(data)
+
+
+IMAGE = (("a/x.jpg", {}),)
+TARS = {
+    "a name that leaves the folder": lambda: tar(("../../x.jpg", {})),
+    "an absolute name": lambda: tar(("/etc/x.jpg", {})),
+    "a link": lambda: tar(("x.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})),
+    "a hard link": lambda: tar(("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"})),
+    "a device": lambda: tar(("x.jpg", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5})),
+    "a pipe": lambda: tar(("x.jpg", {"type": tarfile.FIFOTYPE})),
+    "a size of 2^60": lambda: patched(tar(*IMAGE), 124, b"\x80" + b"\0" * 3 + b"\x10" + b"\0" * 7),
+    "a negative size": lambda: patched(tar(*IMAGE), 124, b"\xff" * 12),
+    "a size of 8 GB": lambda: patched(tar(*IMAGE), 124, b"77777777777\0"),
+    "a long name of 8 GB": lambda: patched(
+        patched(tar(*IMAGE), 124, b"77777777777\0"), 156, b"L"
+    ),
+    "an extended header of 8 GB": lambda: patched(
+        patched(tar(*IMAGE), 124, b"77777777777\0"), 156, b"x"
+    ),
+    "sparse": lambda: patched(tar(*IMAGE), 156, b"S"),
+    "no image": lambda: tar(*IMAGE),
+    "cut": lambda: tar(*IMAGE, data=b"x" * 2000)[:1500],
+    "zero bytes": lambda: b"",
+    "no tar": lambda: b"#!/bin/sh\ntouch touched\n" * 100,
+    "compressed": lambda: gzip.compress(tar(*IMAGE, data=b"\0" * (64 << 20))),
+    "a checksum that is wrong": lambda: tar(*IMAGE).replace(b"a/x.jpg", b"b/x.jpg"),
+}
+
+
+def read_tar(path: Path) -> None:
+    (path.parent / "shards").mkdir()
+    path.rename(path.parent / "shards" / "a.tar")
+    index_shards(path.parent / "shards", 0, skip_unreadable=False)
+
+
 def read_voc(path: Path) -> None:
     root = path.parent / "voc"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
@@ -137,11 +223,17 @@ def read_voc(path: Path) -> None:
     raise_for_problems(report)
 
 
+def read_backbone_of(path: Path) -> None:
+    read_backbone(read_weights(path), str(path))
+
+
 READERS = {  # kind -> (file name, reader, corpus)
     "checkpoint": ("w.pth", read_weights_file, TORCH_FILES),
     "weights": ("w.pkl", read_weights_file, PICKLES),
     "configuration": ("c.yaml", lambda path: load_pretrain_config(str(path)), YAMLS),
     "annotation": ("a.xml", read_voc, XMLS),
+    "safetensors": ("w.safetensors", read_backbone_of, SAFETENSORS),
+    "shard": ("a.tar", read_tar, TARS),
 }
 CASES = [(kind, name) for kind, (_, _, corpus) in READERS.items() for name in corpus]
 

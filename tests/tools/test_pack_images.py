@@ -12,16 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from packs import write_images
+from packs import pack_tool, refused, run, write_images
 from PIL import Image
-from scripts import load_tool
 
 from moco.data import shard_writer
 from moco.data.images import find_images
 from moco.data.shard_index import INDEX_FILE
 from moco.errors import DataError
 
-pack_tool = load_tool("pack_images")
 ROOT = Path(__file__).parents[2]
 NAMES = [f"{name}/{i}.{suffix}" for name in ("cat", "dog") for i in range(6)
          for suffix in ("png", "jpg")]  # fmt: skip
@@ -30,19 +28,6 @@ NAMES = [f"{name}/{i}.{suffix}" for name in ("cat", "dog") for i in range(6)
 @pytest.fixture
 def images(tmp_path):
     return write_images(tmp_path / "images", NAMES, size=(40, 30))
-
-
-def run(*words, workers=0) -> int:
-    with pytest.raises(SystemExit) as end:
-        pack_tool.main([*map(str, words), "--workers", str(workers)])
-    return end.value.code
-
-
-def refused(capsys, *words) -> str:
-    assert run(*words) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return line
 
 
 def digest(folder: Path) -> str:

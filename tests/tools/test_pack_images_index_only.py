@@ -10,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packs import write_images
+from packs import refused, run, write_images
 from PIL import Image
-from scripts import load_tool
 from torchvision.datasets import ImageFolder
 
 from moco.data.images import find_images
 from moco.data.shard_index import INDEX_FILE
 
-pack_tool = load_tool("pack_images")
 NAMES = [f"{name}/{i}.{suffix}" for name in ("cat", "dog") for i in range(6)
          for suffix in ("png", "jpg")]  # fmt: skip
 
@@ -26,19 +24,6 @@ NAMES = [f"{name}/{i}.{suffix}" for name in ("cat", "dog") for i in range(6)
 @pytest.fixture
 def images(tmp_path):
     return write_images(tmp_path / "images", NAMES)
-
-
-def run(*words, workers=0) -> int:
-    with pytest.raises(SystemExit) as end:
-        pack_tool.main([*map(str, words), "--workers", str(workers)])
-    return end.value.code
-
-
-def refused(capsys, *words) -> str:
-    assert run(*words) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return line
 
 
 def write_shard(path: Path, members, **options) -> None:

@@ -129,7 +129,7 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, stop,
     images, weights, expected = uninterrupted
     last, digest = expected[finetune]
     first = runs.trainer(images, weights, tmp_path, FINETUNE__ENABLED=finetune)
-    assert first.train([runs.StopAfter(stop)]) == signal.SIGTERM
+    assert first.train([tiny.StopAfter(stop)]) == signal.SIGTERM
     _, manifest, _ = ckpt.latest_verified(tmp_path)
     assert manifest["step"] == stop + 1  # the signal is seen at the end of the next step
     resumed = runs.trainer(
@@ -162,7 +162,7 @@ def test_killed_and_resumed_from_an_epochs_end_equals_uninterrupted(uninterrupte
 def test_a_lost_momentum_buffer_would_be_noticed(uninterrupted, tmp_path):
     """Negative control of the resume tests."""
     images, weights, expected = uninterrupted
-    runs.trainer(images, weights, tmp_path).train([runs.StopAfter(4)])
+    runs.trainer(images, weights, tmp_path).train([tiny.StopAfter(4)])
     path, _, _ = ckpt.latest_verified(tmp_path)
     content = ckpt.read_torch_file(path)
     content["optimizer"]["state"] = {}
@@ -192,7 +192,7 @@ def test_a_finished_run_is_not_done_again(uninterrupted, tmp_path, monkeypatch):
 
 def test_a_stop_names_the_remedy(uninterrupted, tmp_path, monkeypatch):
     images, weights, expected = uninterrupted
-    monkeypatch.setattr(linear, "JsonLog", lambda *a: Closing(runs.StopAfter(4)))
+    monkeypatch.setattr(linear, "JsonLog", lambda *a: Closing(tiny.StopAfter(4)))
     with pytest.raises(EvaluationStopped, match="stopped at step 5/9.*--resume") as caught:
         evaluate(images, weights, tmp_path)
     assert caught.value.code == 128 + signal.SIGTERM
@@ -218,7 +218,7 @@ class Closing:
 )
 def test_another_run_is_not_continued(uninterrupted, tmp_path, changes, message):
     images, weights, _ = uninterrupted
-    runs.trainer(images, weights, tmp_path).train([runs.StopAfter(1)])
+    runs.trainer(images, weights, tmp_path).train([tiny.StopAfter(1)])
     with pytest.raises(CheckpointError, match="add --resume"):
         runs.trainer(images, weights, tmp_path)
     with pytest.raises(CheckpointError, match=message):
@@ -227,7 +227,7 @@ def test_another_run_is_not_continued(uninterrupted, tmp_path, changes, message)
 
 def test_other_weights_or_images_are_not_continued(uninterrupted, tmp_path):
     images, weights, _ = uninterrupted
-    runs.trainer(images, weights, tmp_path / "run").train([runs.StopAfter(1)])
+    runs.trainer(images, weights, tmp_path / "run").train([tiny.StopAfter(1)])
     content = ckpt.read_torch_file(weights)
     content["state_dict"]["module.encoder_q.bn1.bias"] += 1
     torch.save(content, tmp_path / "other.pth.tar")

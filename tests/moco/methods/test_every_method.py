@@ -33,18 +33,6 @@ def trainer(variant, images, folder, resume=False, **changes):
     )  # fmt: skip
 
 
-class StopAfter:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, record):
-        if record.step == self.step:
-            signal.raise_signal(signal.SIGTERM)
-
-    def on_epoch(self, record):
-        pass
-
-
 def digest(folder):
     return tiny.state_digest(ckpt.read_torch_file(folder / "checkpoint_0001.pth.tar"))
 
@@ -59,7 +47,7 @@ def test_resumes_exactly_and_its_state_matters(variant, image_folder, tmp_path):
     assert trainer(variant, image_folder, tmp_path / "whole").train() == 0
     expected = digest(tmp_path / "whole")
     folder = tmp_path / "stopped"
-    code = trainer(variant, image_folder, folder).train([StopAfter(2)])
+    code = trainer(variant, image_folder, folder).train([tiny.StopAfter(2)])
     assert code == 128 + signal.SIGTERM
     resumed = trainer(variant, image_folder, folder, resume=True)
     assert resumed.first_step == 3
@@ -67,7 +55,7 @@ def test_resumes_exactly_and_its_state_matters(variant, image_folder, tmp_path):
     assert digest(folder) == expected
     # Negative control: a checkpoint whose state was touched leads elsewhere.
     folder = tmp_path / "touched"
-    trainer(variant, image_folder, folder).train([StopAfter(2)])
+    trainer(variant, image_folder, folder).train([tiny.StopAfter(2)])
     path, _, _ = ckpt.latest_verified(folder)
     content = ckpt.read_torch_file(path)
     content["state_dict"][STATE[variant]].neg_()

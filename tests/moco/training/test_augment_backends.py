@@ -19,25 +19,11 @@ BACKENDS = {
 }
 
 
-class StopAfter:
-    """Sends SIGTERM to this process when a step is done."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step(self, record):
-        if record.step == self.step:
-            signal.raise_signal(signal.SIGTERM)
-
-    def on_epoch(self, record):
-        pass
-
-
 def train(images, folder, backend, *, resume=False, stop=-1, **changes):
     cfg = tiny.config(DATA__RECIPE="v3", **BACKENDS[backend], **changes)
     trainer = Trainer(cfg, find_images(images), folder, tiny.alone(), resume=resume,
                       say=lambda line: None)  # fmt: skip
-    return trainer.train([StopAfter(stop)])
+    return trainer.train([tiny.StopAfter(stop)])
 
 
 def digest(folder):

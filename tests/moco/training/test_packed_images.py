@@ -27,18 +27,6 @@ def pack(folder, out, **options):
     return out
 
 
-class StopAfter:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, record):
-        if record.step == self.step:
-            signal.raise_signal(signal.SIGTERM)
-
-    def on_epoch(self, record):
-        pass
-
-
 def trainer(images, folder, *, resume=False, **changes):
     return Trainer(
         tiny.config(**changes), find_images(images), folder, tiny.alone(), resume=resume,
@@ -81,7 +69,7 @@ def test_a_run_moves_from_its_folder_to_a_pack(image_folder, packed, tmp_path):
     """Stopped on one, it continues on the other: to a resumed run they are the same images."""
     expected, _, _ = run(image_folder, tmp_path / "a")
 
-    assert trainer(image_folder, tmp_path / "b").train([StopAfter(5)]) == 128 + signal.SIGTERM
+    assert trainer(image_folder, tmp_path / "b").train([tiny.StopAfter(5)]) == 128 + signal.SIGTERM
     resumed = trainer(packed, tmp_path / "b", resume=True)
     assert resumed.first_step == 6 and resumed.train() == 0
     assert tiny.state_digest(ckpt.read_torch_file(tmp_path / "b" / LAST)) == expected
@@ -96,7 +84,8 @@ def test_block_order_resumes_exactly_and_needs_no_worker(packed, tmp_path):
     assert expected != uniform
     assert run(packed, tmp_path / "b", DATA__NUM_WORKERS=2, **BLOCKS)[0] == expected
 
-    assert trainer(packed, tmp_path / "c", **BLOCKS).train([StopAfter(5)]) == 128 + signal.SIGTERM
+    code = trainer(packed, tmp_path / "c", **BLOCKS).train([tiny.StopAfter(5)])
+    assert code == 128 + signal.SIGTERM
     assert trainer(packed, tmp_path / "c", resume=True, **BLOCKS).train() == 0
     assert tiny.state_digest(ckpt.read_torch_file(tmp_path / "c" / LAST)) == expected
 
@@ -114,7 +103,7 @@ def test_a_bad_image_is_replaced_and_the_run_resumes_exactly(image_folder, tmp_p
     expected = tiny.state_digest(ckpt.read_torch_file(tmp_path / "a" / LAST))
     assert len((tmp_path / "a" / "bad_images.rank0.jsonl").read_text().splitlines()) == 1
 
-    assert trainer(image_folder, tmp_path / "b", **changes).train([StopAfter(5)]) != 0
+    assert trainer(image_folder, tmp_path / "b", **changes).train([tiny.StopAfter(5)]) != 0
     # The share may be changed between: it is no part of what makes a run the same.
     changes["DATA__MAX_BAD_FRACTION"] = 0.5
     again = trainer(image_folder, tmp_path / "b", resume=True, DATA__NUM_WORKERS=1, **changes)
