@@ -106,7 +106,7 @@ def test_jobs_run_in_processes_of_their_own():
     def dies(number):
         os._exit(3)
 
-    seen = []
+    seen, others = [], set(multiprocessing.active_children())  # of tests before
     jobs = {
         "good": (seen.append, lambda: seen.append("prepared")),
         "broken": (broken, int),
@@ -121,4 +121,4 @@ def test_jobs_run_in_processes_of_their_own():
         with pytest.raises(RuntimeError, match="^dead: its process died$"):
             calls["dead"](0)
     assert seen == []  # nothing came back to this process
-    assert not multiprocessing.active_children()
+    assert not set(multiprocessing.active_children()) - others
