@@ -19,7 +19,7 @@ setup(
         "torchvision>=0.25",
         "fvcore>=0.1.5.post20221221",  # CfgNode and schedules, the ones Detectron2 uses
         "numpy>=1.26",
-        "pillow>=10.3",  # older: advisories
+        "pillow>=12.2",  # a security floor: reads images of strangers (CVE-2026-25990 and before)
         "opencv-python-headless>=4.10",  # the default augmentation; 4.10 is the first with numpy 2
         "pycocotools>=2.0.7",  # COCO's own metric, and its masks
         "PyYAML>=6",

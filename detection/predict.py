@@ -18,7 +18,7 @@ from detection.config import load_detection_config
 from detection.data import voc
 from detection.data.data_check import CheckReport
 from detection.data.datasets import DetectionData
-from detection.data.transforms import exif_orientation
+from detection.data.transforms import IMAGE_FORMATS, exif_orientation
 from detection.engines.base import FINAL_MODEL, Engine, Run
 from detection.pictures import draw_detections
 from detection.run_folder import CLASSES_FILE, CONFIG_FILE, read_class_names
@@ -259,7 +259,7 @@ def _detect_one(
 def _size(image: Path) -> tuple[int, int]:
     """(width, height) as `read_image` turns it. Raises: DataError."""
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=IMAGE_FORMATS) as opened:
             width, height = opened.size
             sideways = exif_orientation(opened) in _SIDEWAYS
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from detection.data.transforms import exif_orientation
+from detection.data.transforms import IMAGE_FORMATS, exif_orientation
 from moco.errors import DataError
 
 _QUARTER_TURNS = (5, 6, 7, 8)
@@ -94,7 +94,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         if path.exists() and not path.is_file():
             raise OSError("is no regular file")  # Image.open would wait for a pipe
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             turned = exif_orientation(image) in _QUARTER_TURNS
     except (Image.DecompressionBombError, SyntaxError) as error:

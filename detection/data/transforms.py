@@ -15,6 +15,8 @@ from moco.errors import ConfigError, DataError
 
 _MIN_BOX_SIDE = 1e-5
 _FORMATS = ("BGR", "RGB")
+# PIL opens far more by their content, PostScript among them, which it has another program run.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _EXIF_ORIENTATION = 274
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +49,7 @@ def read_image(path: str | os.PathLike, channel_format: str) -> np.ndarray:
     if channel_format not in _FORMATS:
         raise ConfigError(f"INPUT.FORMAT: {channel_format!r} is given; allowed: BGR, RGB")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             orientation = exif_orientation(image)
             upright = image if orientation == 1 else image.transpose(_EXIF_TURNS[orientation])
             rgb = np.asarray(upright.convert("RGB"))

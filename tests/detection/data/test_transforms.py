@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from detection.data.data_check import image_size
 from detection.data.transforms import (
     flip_image,
     nonempty_boxes,
@@ -86,6 +87,20 @@ def test_unreadable_images(tmp_path, rng):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="allowed: BGR, RGB"):
         read_image(path, "L")
+
+
+def test_postscript_named_jpg_is_given_to_no_other_program(tmp_path, monkeypatch):
+    path = tmp_path / "x.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **rest: called.append(args))
+    for read in (lambda: read_image(path, "RGB"), lambda: image_size(path)):
+        with pytest.raises((DataError, OSError), match="cannot (be read|identify)"):
+            read()
+    assert not called
+    with Image.open(path) as image, pytest.raises(Exception):  # noqa: B017  control: PIL itself
+        image.load()
+    assert called
 
 
 @pytest.mark.detectron2
