@@ -21,11 +21,11 @@ def study_sections(content: Mapping, name: str) -> list[Section]:
     ]
     for column, other in (("kNN top-1", None), ("linear top-1", "top-1"), ("AP50", "AP50")):
         if any(column in row["figures"] for row in content["rows"]):
-            blocks.append(_bars(content, name, column, other))
+            blocks.append(_points(content, name, column, other))
     return [Section(f"Study: {content['title']}", blocks)]
 
 
-def _bars(content: Mapping, name: str, column: str, published: str | None) -> Image:
+def _points(content: Mapping, name: str, column: str, published: str | None) -> Image:
     """Means with their spread, a row each, beside the published figures."""
     rows = [row for row in content["rows"] if column in row["figures"]]
     data = [
@@ -42,19 +42,18 @@ def _bars(content: Mapping, name: str, column: str, published: str | None) -> Im
         axes = figure.subplots()
         places = range(len(data))
         means = [mean for _, mean, _, _ in data]
-        axes.barh(places, means, xerr=[std or 0 for _, _, std, _ in data], height=0.6, capsize=3)
+        spread = [std or 0 for _, _, std, _ in data]
+        axes.errorbar(means, places, xerr=spread, fmt="o", capsize=3, label="ours")
         shown = [(value, place) for place, (*_, value) in enumerate(data) if value is not None]
         if shown:
             axes.scatter(*zip(*shown, strict=True), color="C3", marker="D", label="published")
             axes.legend()
-        low = min([*means, *(value for value, _ in shown)])
-        axes.set_xlim(left=max(0.0, low - 10))
         axes.set_yticks(places, [row_name for row_name, *_ in data])
         axes.invert_yaxis()
         axes.set_xlabel(f"{column} (%)")
         axes.grid(axis="x", alpha=0.25)
 
-    caption = f"{column}: mean and standard deviation over seeds; the axis does not begin at 0"
+    caption = f"{column}: mean and standard deviation over seeds"
     csv_data = (("run", "mean", "std", "published"), data)
     file_name = f"{name}_{column.lower().replace(' ', '_').replace('-', '')}"
     return draw(file_name, caption, (9, 0.42 * len(data) + 1.2), paint, csv_data)
