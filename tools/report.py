@@ -77,7 +77,8 @@ def _evaluation_section(content: dict) -> Section:
         if isinstance(value, str | int | float)
     ]
     title = str(content.get("engine", "evaluation of features"))
-    return Section(title[0].upper() + title[1:], [Table(("", ""), rows)])
+    title = title if title.startswith("kNN") else title[0].upper() + title[1:]
+    return Section(title, [Table(("", ""), rows)])
 
 
 def _pictures(folder: Path, data: str) -> list[Section]:
