@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from detection.config import load_detection_config
 from detection.data import voc
-from detection.data.data_check import CheckReport
+from detection.data.data_check import CheckReport, image_size
 from detection.data.datasets import DetectionData
-from detection.data.transforms import IMAGE_FORMATS, exif_orientation
 from detection.engines.base import FINAL_MODEL, Engine, Run
 from detection.pictures import draw_detections
 from detection.run_folder import CLASSES_FILE, CONFIG_FILE, read_class_names
@@ -30,7 +28,6 @@ from moco.training.checkpoint import manifest_path, verify_manifest, write_json_
 DETECTIONS_FILE = "detections.json"
 PICTURES_FOLDER = "pictures"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
@@ -259,15 +256,13 @@ def _detect_one(
 def _size(image: Path) -> tuple[int, int]:
     """(width, height) as `read_image` turns it. Raises: DataError."""
     try:
-        with Image.open(image, formats=IMAGE_FORMATS) as opened:
-            width, height = opened.size
-            sideways = exif_orientation(opened) in _SIDEWAYS
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        height, width = image_size(image)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(
             f"{image}: this image cannot be read ({' '.join(str(reason).split())})"
         ) from error
-    return (height, width) if sideways else (width, height)
+    return width, height
 
 
 def _short(value: np.floating) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from pretrain_runs import make_images
 from processes import in_processes
 
 from moco.data.images import find_images
@@ -51,6 +52,14 @@ def _work(rank, num, images, folder, changes, arm):
     if arm is not None:
         arm()
     return train_recorded(rank, num, images, folder, **changes)
+
+
+def make_base(folder: Path) -> Path:
+    """folder/images, and in folder what `start_with_two` leaves."""
+    (folder / "images").mkdir()
+    make_images(folder / "images")
+    in_processes(start_with_two, folder, folder / "images", folder, {}, num=2)
+    return folder
 
 
 def start_with_two(rank, images, folder, changes):

@@ -47,6 +47,26 @@ def arguments(images, folder, *flags: str, variant: str = "moco", **changes: obj
             "--device", "cpu", *flags, *tiny.overrides(**changes)]  # fmt: skip
 
 
+def undisturbed(images: Path, base: Path, num: int = 1) -> tuple[str, list[str]]:
+    """The tiny run in `num` processes that nobody stops: the digest of its last checkpoint, and
+    what the run folder holds."""
+    assert pretrain(arguments(images, base / "run"), base / "log", num) == [0] * num
+    return final_digest(base / "run"), sorted(os.listdir(base / "run"))
+
+
+def stopped_and_whole(folder: Path, num_steps: int) -> str:
+    """Make folder/images, folder/run, stopped after `num_steps` of 12 steps, and folder/whole.
+
+    Returns: the digest of the run that was not stopped.
+    """
+    (folder / "images").mkdir()
+    make_images(folder / "images")
+    assert tiny.trainer(folder / "images", folder / "whole", []).train() == 0
+    run = tiny.trainer(folder / "images", folder / "run", [], CHECKPOINT__KEEP_LAST=3)
+    assert run.train([tiny.StopAfter(num_steps - 1)]) == 143
+    return final_digest(folder / "whole")
+
+
 class Ranks:
     """The command in `num` processes of this machine; what they print is added to LOG.rank.
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from elastic_runs import continued, joined, same, start_with_two, train_recorded
-from pretrain_runs import arguments, make_images, pretrain
+from elastic_runs import continued, joined, make_base, same, start_with_two, train_recorded
+from pretrain_runs import arguments, pretrain
 from processes import in_processes
 
 from moco.errors import CheckpointError
@@ -15,11 +15,7 @@ TOLERANCE = 2e-3
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("elastic")
-    (folder / "images").mkdir()
-    make_images(folder / "images")
-    in_processes(start_with_two, folder, folder / "images", folder, {}, num=2)
-    return folder
+    return make_base(tmp_path_factory.mktemp("elastic"))
 
 
 @pytest.fixture(scope="module")

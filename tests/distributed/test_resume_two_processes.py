@@ -7,7 +7,12 @@ import pytest
 import tiny
 import torch
 from faults import STOPS, Stop
-from pretrain_runs import arguments, final_digest, make_images, pretrain, stop_and_continue
+from pretrain_runs import (
+    arguments,
+    make_images,
+    stop_and_continue,
+    undisturbed,
+)
 from processes import in_processes
 from tiny import VARIANTS, method_config
 
@@ -28,9 +33,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory):
-    base = tmp_path_factory.mktemp("whole")
-    assert pretrain(arguments(images, base / "run"), base / "log", 2) == [0, 0]
-    return final_digest(base / "run"), sorted(os.listdir(base / "run"))
+    return undisturbed(images, tmp_path_factory.mktemp("whole"), 2)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from pretrain_runs import final_digest, make_images
+from pretrain_runs import final_digest, stopped_and_whole
 
 from moco.errors import MocoError
 from moco.training import checkpoint as ckpt
@@ -49,13 +49,9 @@ def cases(num: int) -> list[Case]:
 def base(tmp_path_factory):
     """images/; run/, stopped after 10 of 12 steps; the digest of the run that was not stopped."""
     folder = tmp_path_factory.mktemp("damaged")
-    (folder / "images").mkdir()
-    make_images(folder / "images")
-    assert tiny.trainer(folder / "images", folder / "whole", []).train() == 0
-    run = tiny.trainer(folder / "images", folder / "run", [], CHECKPOINT__KEEP_LAST=3)
-    assert run.train([tiny.StopAfter(9)]) == 143
+    digest = stopped_and_whole(folder, 10)
     assert [ckpt.step_in_manifest(folder / "run" / name) for name in NEWEST_FIRST] == list(STEPS)
-    return folder, final_digest(folder / "whole")
+    return folder, digest
 
 
 def damage(path: Path, case: Case) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from pretrain_runs import arguments, final_digest, make_images, pretrain
+from pretrain_runs import arguments, final_digest, pretrain, stopped_and_whole
 
 from moco.errors import CheckpointError
 from moco.training import checkpoint as ckpt
@@ -29,13 +29,9 @@ Usage = namedtuple("Usage", "total used free")
 def base(tmp_path_factory):
     """images/; run/, stopped after 6 of 12 steps; the digest of the run that was not stopped."""
     folder = tmp_path_factory.mktemp("disk")
-    (folder / "images").mkdir()
-    make_images(folder / "images")
-    assert tiny.trainer(folder / "images", folder / "whole", []).train() == 0
-    run = tiny.trainer(folder / "images", folder / "run", [], CHECKPOINT__KEEP_LAST=3)
-    assert run.train([tiny.StopAfter(5)]) == 143
+    digest = stopped_and_whole(folder, 6)
     assert sorted(path.name for path in ckpt.checkpoint_files(folder / "run")) == list(OLD)
-    return folder, final_digest(folder / "whole")
+    return folder, digest
 
 
 @contextmanager

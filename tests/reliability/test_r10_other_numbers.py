@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from elastic_runs import CHANGES, continued, joined, same, start_with_two
-from pretrain_runs import final_digest, make_images
+from elastic_runs import CHANGES, continued, joined, make_base, same
+from pretrain_runs import final_digest
 from processes import in_processes
 from torch.utils.data import get_worker_info
 
@@ -42,11 +42,7 @@ NUMBERS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("numbers")
-    (folder / "images").mkdir()
-    make_images(folder / "images")
-    in_processes(start_with_two, folder, folder / "images", folder, {}, num=2)
-    return folder
+    return make_base(tmp_path_factory.mktemp("numbers"))
 
 
 @pytest.fixture(scope="module")

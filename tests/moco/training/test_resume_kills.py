@@ -13,6 +13,7 @@ from pretrain_runs import (
     make_images,
     pretrain,
     stop_and_continue,
+    undisturbed,
 )
 
 from moco.data.images import find_images
@@ -28,9 +29,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory):
     """Digest of the last checkpoint, and what the run folder holds."""
-    base = tmp_path_factory.mktemp("whole")
-    assert pretrain(arguments(images, base / "run"), base / "log") == [0]
-    return final_digest(base / "run"), sorted(os.listdir(base / "run"))
+    return undisturbed(images, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: f"{stop} at {stop.step}")
