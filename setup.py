@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["moco", "moco.*", "detection", "detection.*"]),
-    package_data={"detection": ["published.yaml"], "moco": ["models/batch_norm.cpp"]},
+    package_data={"detection": ["published.yaml"], "moco": ["kernels/*.cpp", "kernels/*.h"]},
     install_requires=[
         "torch>=2.10",  # a security floor: fixes of code execution in weights-only loading
         "torchvision>=0.25",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from unittest import mock
@@ -10,18 +11,22 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
-from moco.models import kernels
+from moco.kernels import convolution, norm
 
 REST = "rest"
 # group -> beginnings of operations' names; the first group that fits has it.
 _GROUPS = {
-    "convolution backward": ("aten::convolution_backward", "aten::cudnn_convolution_backward"),
+    "convolution backward": (
+        "aten::convolution_backward", "aten::cudnn_convolution_backward", "_ConvolveBackward",
+        "kernel: gradient to",
+    ),
     "convolution forward": (
+        "_Convolve", "kernel: 1x1 convolution",
         "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::_convolution",
         "aten::slow_conv2d",
     ),
     "batch norm (compiled: with shortcut and ReLU)": (
-        "aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::batch_norm", "norm_relu",
+        "aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::batch_norm", "kernel: norm",
         "_NormRelu",
     ),
     "ReLU": ("aten::clamp_min", "aten::relu", "aten::threshold_backward"),
@@ -40,6 +45,12 @@ _GROUPS = {
     "gradient norm": ("aten::linalg_vector_norm", "aten::norm"),
 }  # fmt: skip
 
+_KERNELS = (  # module, its function, the name the profiler is told
+    (norm, "_forward", "norm"),
+    (convolution, "_pointwise", "1x1 convolution"),
+    (convolution, "_weight_gradient", "gradient to weights"),
+)
+
 
 def group_of(operation: str) -> str:
     """The group an operation of the profiler's belongs to."""
@@ -53,11 +64,14 @@ def profile(work: Callable[[], None], device: torch.device) -> dict[str, float]:
     """Seconds of `work` by group; on a GPU those its kernels ran. What is left of it is "rest"."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with mock.patch.object(kernels, "_forward", _recorded(kernels._forward)):
-        with torch_profile(activities=activities) as profiler:
-            started = time.perf_counter()
-            work()
-            total = time.perf_counter() - started
+    with contextlib.ExitStack() as stack:
+        for module, function, name in _KERNELS:
+            recorded = _recorded(getattr(module, function), name)
+            stack.enter_context(mock.patch.object(module, function, recorded))
+        profiler = stack.enter_context(torch_profile(activities=activities))
+        started = time.perf_counter()
+        work()
+        total = time.perf_counter() - started
     groups: dict[str, float] = {}
     for event in profiler.key_averages():
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -68,11 +82,12 @@ def profile(work: Callable[[], None], device: torch.device) -> dict[str, float]:
     return dict(sorted(groups.items(), key=lambda item: -item[1]))
 
 
-def _recorded(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The compiled forward is called past torch's dispatcher, so the profiler must be told."""
+def _recorded(function: Callable, name: str) -> Callable:
+    """Kernels are called past torch's dispatcher, so the profiler must be told."""
 
     def recorded(*args, **options):
-        with record_function("norm_relu"):
-            return forward(*args, **options)
+        of_input = options.get("transposed", False)
+        with record_function(f"kernel: {'gradient to an input' if of_input else name}"):
+            return function(*args, **options)
 
     return recorded

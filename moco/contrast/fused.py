@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from moco.kernels.info_nce import info_nce
+
 # Logits of a block: on a CPU they and their negatives should stay in its cache, on a GPU a block
 # should fill it.
 _BLOCK_VALUES = {"cpu": 2**18, "cuda": 2**24}
@@ -24,6 +26,7 @@ def fused_info_nce(
     temperature: float,
     *,
     block: int | None = None,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Mean InfoNCE loss (MoCo v1, eq. 1), with gradient to the queries alone.
 
@@ -31,10 +34,13 @@ def fused_info_nce(
         q_BD, k_BD: unit vectors in float32 or better, row i of both from the same image.
         negatives_DK: unit vectors in columns, equal for all queries.
         block: negatives at a time; None chooses by the device.
+        compiled: by a kernel for CPUs, in float32, with its own blocks.
     Raises: ValueError where keys or negatives want a gradient.
     """
     if k_BD.requires_grad or negatives_DK.requires_grad:
         raise ValueError("fused_info_nce gives no gradient to keys or negatives; detach them")
+    if compiled:
+        return _CompiledInfoNCE.apply(q_BD, k_BD, negatives_DK, temperature)
     if block is None:
         values = _BLOCK_VALUES.get(q_BD.device.type, _BLOCK_VALUES["cuda"])
         block = max(_LEAST_BLOCK, values // max(1, len(q_BD)))
@@ -70,3 +76,17 @@ class _FusedInfoNCE(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient_BD,) = ctx.saved_tensors
         return gradient_BD * upstream, None, None, None, None
+
+
+class _CompiledInfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BD, k_BD, negatives_DK, temperature):
+        loss, gradient_BD = info_nce(q_BD, k_BD, negatives_DK, temperature)
+        ctx.save_for_backward(gradient_BD)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient_BD,) = ctx.saved_tensors
+        return gradient_BD * upstream, None, None, None

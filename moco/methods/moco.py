@@ -29,6 +29,7 @@ class MoCo(Method):
 
     shuffles_keys = True
     views_enqueued = 1  # keys a step stores for each image
+    compiled = False  # compute the loss by a kernel; see moco.kernels.choose
 
     def __init__(self, *, queue_size: int, temperature: float, fused: bool = False, **encoder):
         super().__init__()
@@ -78,7 +79,8 @@ class MoCo(Method):
         logits = None
         if measure:
             logits = info_nce_logits(q_BD.detach(), k_BD, self.queue, self.temperature)
-        return fused_info_nce(q_BD, k_BD, self.queue, self.temperature), logits
+        loss = fused_info_nce(q_BD, k_BD, self.queue, self.temperature, compiled=self.compiled)
+        return loss, logits
 
     def _keys(
         self, view_k_BCHW: torch.Tensor, generator: torch.Generator, num_parts: int

@@ -10,6 +10,7 @@ import torchvision
 from torchvision.models import resnet
 
 from moco.errors import ConfigError
+from moco.kernels.convolution import convolve
 from moco.models.norm import choose_norm, norm_relu
 
 
@@ -17,24 +18,24 @@ class BasicBlock(resnet.BasicBlock):
     """torchvision's block, whose norms may run joined with what follows them."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        out = norm_relu(self.bn1, self.conv1(x_BCHW))
-        return norm_relu(self.bn2, self.conv2(out), _shortcut(self, x_BCHW))
+        out = norm_relu(self.bn1, convolve(self.conv1, x_BCHW))
+        return norm_relu(self.bn2, convolve(self.conv2, out), _shortcut(self, x_BCHW))
 
 
 class Bottleneck(resnet.Bottleneck):
     """torchvision's block, whose norms may run joined with what follows them."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        out = norm_relu(self.bn1, self.conv1(x_BCHW))
-        out = norm_relu(self.bn2, self.conv2(out))
-        return norm_relu(self.bn3, self.conv3(out), _shortcut(self, x_BCHW))
+        out = norm_relu(self.bn1, convolve(self.conv1, x_BCHW))
+        out = norm_relu(self.bn2, convolve(self.conv2, out))
+        return norm_relu(self.bn3, convolve(self.conv3, out), _shortcut(self, x_BCHW))
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x_BCHW: torch.Tensor) -> torch.Tensor:
     if block.downsample is None:
         return x_BCHW
     convolution, norm = block.downsample
-    return norm_relu(norm, convolution(x_BCHW), relu=False)
+    return norm_relu(norm, convolve(convolution, x_BCHW), relu=False)
 
 
 # architecture -> (block, blocks in layer1..4)
@@ -87,7 +88,7 @@ class ResNet(torchvision.models.ResNet):
 
     def forward_features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Pooled features before `fc`, [B, 2048] for ResNet-50 at width 1."""
-        x = self.maxpool(norm_relu(self.bn1, self.conv1(x_BCHW)))
+        x = self.maxpool(norm_relu(self.bn1, convolve(self.conv1, x_BCHW)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
 

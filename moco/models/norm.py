@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moco.distributed import all_gather_with_gradient, world_size
 from moco.errors import ConfigError
-from moco.models import kernels
+from moco.kernels import norm as kernels
 
 
 def choose_norm(norm: str, bn_splits: int) -> Callable[[int], nn.Module]:
@@ -43,7 +43,7 @@ def norm_relu(
 ) -> torch.Tensor:
     """relu(norm(x) + shortcut): what follows a convolution of a residual network.
 
-    In one pass over the memory where `kernels.use_kernels_` said so; x may be overwritten.
+    In one pass over the memory where `use_kernels_` said so; x may be overwritten.
     """
     if norm.training and getattr(norm, "compiled", False):
         groups = norm.groups_of(len(x_BCHW)) if isinstance(norm, SplitBatchNorm2d) else 1

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
-from moco.models import kernels
+from moco.kernels import choose, compiler
 
 _CPU_BF16 = ("amx_bf16", "avx512_bf16")  # flags of /proc/cpuinfo
 _LEAST_CAPABILITY = 8  # Ampere, the first with bfloat16 matrix units
@@ -74,7 +74,7 @@ def accelerate_(method: nn.Module, cfg: CfgNode) -> None:
     if cfg.TRAIN.CHANNELS_LAST:
         method.to(memory_format=torch.channels_last)
     if cfg.TRAIN.COMPILE == "kernels":
-        kernels.use_kernels_(method)
+        choose.use_kernels_(method)
     if cfg.TRAIN.COMPILE == "torch":
         for name in _ENCODERS:
             encoder = getattr(method, name, None)
@@ -115,7 +115,7 @@ def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> 
     if not _fits_kernels(cfg, channels_last):
         return _Choice("eager", "kernels are for batch norm of ResNets, channels last")
     try:
-        seconds = kernels.compile_kernels()
+        seconds = compiler.compile_kernels()
     except ConfigError as error:
         return _Choice("eager", str(error))
     return _Choice("kernels", f"batch norm for this CPU, compiled in {seconds:.1f} s")

@@ -8,8 +8,8 @@ import torch.nn as nn
 from moco.config import load_pretrain_config
 from moco.data.images import find_images
 from moco.errors import CheckpointError, ConfigError
+from moco.kernels import compiler as kernels
 from moco.methods import build_method
-from moco.models import kernels
 from moco.training import acceleration
 from moco.training.acceleration import accelerate_, cpu_bf16_flag, resolve
 from moco.training.optimizer import build_optimizer

@@ -1,31 +1,19 @@
 """Compiled batch norm for CPUs: normalisation, shortcut and ReLU in one pass over the memory.
 
 On a CPU batch norm, the addition of the shortcut and ReLU are bound by memory, and torch runs them
-one after the other. `batch_norm.cpp` joins them. It is compiled for this machine when it is first
-used (about a second), by the C++ compiler that `$CXX` names, or c++, g++ or clang++; nothing is
-kept on disk.
+one after the other. `batch_norm.cpp` joins them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import shutil
-import subprocess
-import tempfile
-import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from moco.errors import ConfigError
+from moco.kernels.compiler import kernel
 
-_SOURCE = Path(__file__).with_name("batch_norm.cpp")
-_COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -39,61 +27,6 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var")),
         *((name, ctypes.c_void_p) for name in ("mean", "var", "scale", "shift")),
     ]
-
-
-def compile_kernels() -> float:
-    """Compile and load the kernels, once a process. Returns: seconds that took.
-
-    Raises: ConfigError, in one line, where there is no compiler or it fails.
-    """
-    return _compiled()[1]
-
-
-@functools.cache
-def _compiled() -> tuple[ctypes.CDLL, float]:
-    started = time.monotonic()
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        raise ConfigError(
-            f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install one, "
-            "or set TRAIN.COMPILE eager"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "batch_norm.so"
-        command = [*compiler.split(), *_FLAGS, "-fPIC", "-shared", "-o", str(built), str(_SOURCE)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError as error:
-            raise ConfigError(
-                f"C++ compiler {compiler!r} cannot be run ({error.strerror}); let CXX name one "
-                "that can, or set TRAIN.COMPILE eager"
-            ) from error
-        if done.returncode:
-            said = (done.stderr.strip() or "no message").splitlines()[0]
-            raise ConfigError(
-                f"C++ compiler {compiler!r} does not compile {_SOURCE.name}: {said}; let CXX name "
-                "one that does (C++17 with OpenMP), or set TRAIN.COMPILE eager"
-            )
-        library = ctypes.CDLL(str(built))
-    for name in _TYPES.values():
-        for direction, num_pointers in (("forward", 3), ("backward", 7)):
-            function = getattr(library, f"{direction}_{name}")
-            function.argtypes = [ctypes.POINTER(_Layer), *[ctypes.c_void_p] * num_pointers]
-            function.restype = None
-    return library, time.monotonic() - started
-
-
-def use_kernels_(network: nn.Module) -> int:
-    """Let the plain and split batch norms of `network` run compiled in training. Returns: how many.
-
-    Raises: ConfigError as `compile_kernels`.
-    """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    if norms:
-        compile_kernels()
-    for norm in norms:
-        norm.compiled = True
-    return len(norms)
 
 
 def norm_relu(
@@ -127,7 +60,7 @@ def norm_relu(
     if shortcut_BCHW is not None:
         assert relu and shortcut_BCHW.dtype == x_BCHW.dtype
         shortcut_BCHW = shortcut_BCHW.contiguous(memory_format=torch.channels_last)
-    norm.num_batches_tracked += 1
+    norm.num_batches_tracked.add_(1)
     if torch.is_grad_enabled():
         return _NormRelu.apply(x_BCHW, shortcut_BCHW, norm.weight, norm.bias, norm, groups, relu)
     stats = torch.empty(4, groups, channels, dtype=torch.float32)
@@ -149,8 +82,10 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _forward(layer: _Layer, x_BCHW, shortcut_BCHW, out: torch.Tensor) -> torch.Tensor:
-    function = getattr(_compiled()[0], f"forward_{_TYPES[x_BCHW.dtype]}")
-    function(layer, *map(_address, (x_BCHW, shortcut_BCHW, out)))
+    name = f"forward_{_TYPES[x_BCHW.dtype]}"
+    kernel("batch_norm", name, 3, ctypes.POINTER(_Layer))(
+        layer, *map(_address, (x_BCHW, shortcut_BCHW, out))
+    )
     return out
 
 
@@ -171,6 +106,6 @@ class _NormRelu(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, gated = torch.empty_like(x), None if y is None else torch.empty_like(x)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-        function = getattr(_compiled()[0], f"backward_{_TYPES[x.dtype]}")
+        function = kernel("batch_norm", f"backward_{_TYPES[x.dtype]}", 7, ctypes.POINTER(_Layer))
         function(ctx.layer, *map(_address, (x, y, dy, dx, gated, dweight, dbias)))
         return dx, gated, dweight, dbias, None, None, None

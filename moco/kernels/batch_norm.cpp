@@ -6,7 +6,7 @@
 // kept in double across blocks of rows, and of differences to the group's first pixel, so that a
 // large mean takes no digits from a small variance.
 //
-// moco/models/kernels.py compiles and calls this file; `Layer` there has the same fields.
+// moco/kernels/norm.py calls this file; `Layer` there has the same fields.
 
 #include <omp.h>
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn as nn
 
 from moco.errors import ConfigError
-from moco.models import kernels
+from moco.kernels.choose import use_kernels_
+from moco.kernels.compiler import compile_kernels
+from moco.kernels.convolution import suits
 from moco.models.backbone import build_backbone
 from moco.models.norm import SplitBatchNorm2d, norm_relu
 
@@ -17,7 +19,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     try:
-        kernels.compile_kernels()
+        compile_kernels()
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -68,7 +70,7 @@ def test_equals_torch_in_float64(dtype, groups, with_shortcut, relu):
     oracle = make_norm(37, groups).double()
     expected = run(oracle, *(t if t is None else t.double() for t in (x, shortcut, upstream)), relu)
     norm = make_norm(37, groups)
-    assert kernels.use_kernels_(norm) == 1
+    assert use_kernels_(norm) == 1
     ours = run(norm, x, shortcut, upstream, relu)
     found = differences(ours, expected)
     assert max(found.values()) < TOLERANCE[dtype], found
@@ -81,7 +83,7 @@ def test_equals_torch_in_float64(dtype, groups, with_shortcut, relu):
 
 def test_a_large_mean_takes_no_digits_from_the_variance():
     norm = make_norm(3, 1)
-    kernels.use_kernels_(norm)
+    use_kernels_(norm)
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 1000
     x = x.to(memory_format=torch.channels_last)
     norm_relu(norm, x.clone(), relu=False)
@@ -94,7 +96,7 @@ def test_without_gradient_the_input_is_overwritten_and_the_result_the_same():
     x, shortcut, _ = tensors(torch.float32)
     norms = [make_norm(37, 1) for _ in range(2)]
     for norm in norms:
-        kernels.use_kernels_(norm)
+        use_kernels_(norm)
     with_gradient = norm_relu(norms[0], x.clone().requires_grad_() * 1, shortcut)
     with torch.no_grad():
         given = x.clone(memory_format=torch.preserve_format)
@@ -106,7 +108,7 @@ def test_other_memory_orders_and_numbers_of_threads():
     x, shortcut, upstream = tensors(torch.float32, size=9)
     norms = [make_norm(37, 4) for _ in range(3)]
     for norm in norms:
-        kernels.use_kernels_(norm)
+        use_kernels_(norm)
     first = run(norms[0], x, shortcut, upstream, True)
     plain = run(norms[1], *(t.contiguous() for t in (x, shortcut, upstream)), True)
     assert max(differences(plain, first).values()) == 0
@@ -124,7 +126,7 @@ def test_nan_passes_and_infinity_becomes_nan():
             x, _, _ = tensors(dtype)
             x[2, 5, 1, 1] = value
             norm = make_norm(37, 1)
-            kernels.use_kernels_(norm)
+            use_kernels_(norm)
             y = norm_relu(norm, x)
             assert y[:, 5].isnan().all() and not y[:, :5].isnan().any()
 
@@ -134,7 +136,7 @@ def test_a_nan_of_any_bits_in_the_weights_is_seen():
     ones = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
     for dtype in TOLERANCE:
         norm, (x, _, upstream) = make_norm(37, 1), tensors(dtype)
-        kernels.use_kernels_(norm)
+        use_kernels_(norm)
         norm.weight.data[5] = ones[0]
         y = norm_relu(norm, x.requires_grad_() * 1)
         y.backward(upstream)
@@ -145,7 +147,7 @@ def test_a_nan_of_any_bits_in_the_weights_is_seen():
 def test_evaluation_is_torchs():
     norm = make_norm(37, 4)
     plain = copy.deepcopy(norm).eval()
-    kernels.use_kernels_(norm)
+    use_kernels_(norm)
     x, shortcut, _ = tensors(torch.float32)
     expected = torch.relu(plain(x) + shortcut)
     assert torch.equal(norm_relu(norm.eval(), x, shortcut), expected)
@@ -159,7 +161,8 @@ def test_a_whole_network(arch):
     plain = build_backbone(arch, **options).to(memory_format=torch.channels_last)
     exact, fast = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     num_norms = sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
-    assert kernels.use_kernels_(fast) == num_norms
+    num_convolutions = sum(isinstance(m, nn.Conv2d) and suits(m) for m in plain.modules())
+    assert num_convolutions > 5 and use_kernels_(fast) == num_norms + num_convolutions
     x = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
 
     def values(network, images):
@@ -179,7 +182,7 @@ def test_a_whole_network(arch):
 
 def test_one_value_a_channel_is_refused_as_by_torch():
     norm = make_norm(4, 2)
-    kernels.use_kernels_(norm)
+    use_kernels_(norm)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_relu(norm, torch.zeros(2, 4, 1, 1))
     with pytest.raises(ConfigError, match="BN_SPLITS 2 does not divide the 3 images"):
@@ -188,27 +191,6 @@ def test_one_value_a_channel_is_refused_as_by_torch():
 
 def test_other_types_are_refused():
     norm = make_norm(4, 1)
-    kernels.use_kernels_(norm)
+    use_kernels_(norm)
     with pytest.raises(ValueError, match="takes float32, bfloat16 on a CPU, got torch.float64"):
         norm_relu(norm, torch.zeros(2, 4, 3, 3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("compiler", "message"),
-    [
-        ("false", "does not compile batch_norm.cpp: no message"),
-        ("no-such-compiler", "cannot be run"),
-    ],
-)
-def test_a_compiler_that_fails_is_one_line(monkeypatch, compiler, message):
-    monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(ConfigError, match=f"{message}.*TRAIN.COMPILE eager") as raised:
-        kernels._compiled.__wrapped__()
-    assert "\n" not in str(raised.value)
-
-
-def test_no_compiler_at_all(monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match="no C[+][+] compiler was found.*c[+][+], g[+][+]"):
-        kernels._compiled.__wrapped__()

@@ -1,0 +1,1 @@
+"""C++ for CPUs, compiled for this machine when it is first used (`TRAIN.COMPILE kernels`)."""

@@ -1,0 +1,26 @@
+"""Which modules of a network compute by kernels."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from moco.kernels.compiler import compile_kernels
+from moco.kernels.convolution import suits
+
+
+def use_kernels_(network: nn.Module) -> int:
+    """Let `network` compute by kernels in training: its plain and split batch norms, the
+    convolutions the kernels have, and itself where it is a method with an InfoNCE loss.
+
+    Returns: how many layers do.
+    Raises: ConfigError as `compile_kernels`.
+    """
+    compile_kernels()
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.BatchNorm2d) or (isinstance(module, nn.Conv2d) and suits(module))
+    ]
+    for module in [network] * hasattr(network, "compiled") + layers:
+        module.compiled = True
+    return len(layers)

@@ -1,0 +1,153 @@
+"""Convolutions of residual networks on CPUs: what oneDNN does slowly, by kernels of our own.
+
+A training step changes all weights, so torch casts them to bfloat16 and oneDNN reorders them in
+each call; and oneDNN's gradients to weights run at half of a matrix product's speed.
+`pointwise.cpp` rounds and packs float32 weights in one pass, `weight_gradient.cpp` gives float32
+gradients that were never rounded. Figures: docs/PERFORMANCE.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+
+from moco.kernels.compiler import has_kernel, kernel
+
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_CHANNELS = 32  # the kernels take multiples of it
+
+
+class _Convolution(ctypes.Structure):
+    """`Convolution` of convolution.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "images", "in_channels", "height", "width", "out_channels", "out_height", "out_width",
+            "kernel", "stride", "padding", "threads",
+        )
+    ]  # fmt: skip
+
+
+def convolve(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """convolution(x), in training by kernels where `use_kernels_` said so and they have them.
+
+    They are for float32, and under autocast for bfloat16 where the processor has it in AVX-512
+    (not AMX, for which torch's own are faster); for multiples of 32 channels, squares, no groups,
+    dilation or bias. The result is channels-last. Gradients to weights are float32 sums.
+    """
+    if (
+        convolution.training
+        and getattr(convolution, "compiled", False)
+        and _runs(convolution, x_BCHW)
+    ):
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        stride, padding = convolution.stride[0], convolution.padding[0]
+        if torch.is_grad_enabled():
+            return _Convolve.apply(x_BCHW, convolution.weight, stride, padding)
+        if _is_pointwise(convolution.weight, padding):
+            return _pointwise(x_BCHW, convolution.weight, stride)
+    return convolution(x_BCHW)
+
+
+def suits(convolution: nn.Conv2d) -> bool:
+    """Whether the kernels have this layer."""
+    weight = convolution.weight
+    return (
+        weight.dtype == torch.float32
+        and weight.shape[0] % _CHANNELS == 0
+        and weight.shape[1] % _CHANNELS == 0
+        and weight.shape[2] == weight.shape[3]
+        and convolution.stride[0] == convolution.stride[1]
+        and convolution.padding in [(n, n) for n in range(weight.shape[2])]
+        and convolution.padding_mode == "zeros"
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.bias is None
+    )
+
+
+def _runs(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> bool:
+    if x_BCHW.device.type != "cpu" or convolution.weight.dtype != torch.float32:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu") == x_BCHW.dtype == torch.bfloat16
+        return half and has_kernel("pointwise", "pointwise_bfloat16")
+    return x_BCHW.dtype == torch.float32
+
+
+def _is_pointwise(weight_KCRS: torch.Tensor, padding: int) -> bool:
+    return weight_KCRS.shape[2] == 1 and padding == 0
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.stride, ctx.padding = stride, padding
+        if _is_pointwise(weight, padding):
+            cast, y = None, _pointwise(x, weight, stride)
+        else:
+            cast = weight.to(x.dtype)
+            y = torch.conv2d(x, cast, stride=stride, padding=padding)
+        ctx.save_for_backward(x, weight, cast)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, cast = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            if cast is None and ctx.stride == 1:
+                dx = _pointwise(dy, weight, 1, transposed=True)
+            else:
+                cast = weight.to(x.dtype) if cast is None else cast
+                dx = _input_gradient(dy, x, cast, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_gradient(x, dy, weight, ctx.stride, ctx.padding)
+        return dx, dweight, None, None
+
+
+def _input_gradient(dy, x, weight, stride: int, padding: int) -> torch.Tensor:
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
+        [True, False, False],
+    )[0]  # fmt: skip
+
+
+def _describe(x, dy, kernel_size: int, stride: int, padding: int) -> _Convolution:
+    (images, *inputs), (_, *outputs) = x.shape, dy.shape
+    return _Convolution(
+        images, *inputs, *outputs, kernel_size, stride, padding, torch.get_num_threads()
+    )
+
+
+def _call(name: str, x: torch.Tensor, *arguments) -> None:
+    *sizes, first, second, third = arguments
+    pointers = (first.data_ptr(), second.data_ptr(), third.data_ptr())
+    source, types = name, [ctypes.POINTER(_Convolution), *[ctypes.c_int64] * (len(sizes) - 1)]
+    kernel(source, f"{name}_{_TYPES[x.dtype]}", 3, *types)(*sizes, *pointers)
+
+
+def _pointwise(x_BCHW, weight_KC11, stride: int, *, transposed: bool = False) -> torch.Tensor:
+    """The 1x1 convolution; transposed: with weights [C, K], as for the gradient to its input."""
+    batch, _, height, width = x_BCHW.shape
+    channels = weight_KC11.shape[1 if transposed else 0]
+    y_BKHW = torch.empty(
+        (batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1),
+        dtype=x_BCHW.dtype, memory_format=torch.channels_last,
+    )  # fmt: skip
+    layer = _describe(x_BCHW, y_BKHW, 1, stride, 0)
+    _call("pointwise", x_BCHW, layer, transposed, x_BCHW, weight_KC11.contiguous(), y_BKHW)
+    return y_BKHW
+
+
+def _weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
+    dweight = torch.empty_like(weight_KCRS, memory_format=torch.channels_last)
+    layer = _describe(x_BCHW, dy_BKHW, weight_KCRS.shape[2], stride, padding)
+    _call("weight_gradient", x_BCHW, layer, x_BCHW, dy_BKHW, dweight)
+    return dweight

@@ -1,0 +1,164 @@
+// 1x1 convolutions for channels-last tensors of float or bfloat16:
+// output[pixel, k] = sum over c of input[pixel, c] * weight[k, c].
+//
+// The weights are rounded and packed in one pass; pixels are read where they lie.
+//
+// moco/kernels/convolution.py calls this file.
+
+#include "convolution.h"
+
+namespace {
+
+constexpr int64_t kCacheBytes = 1 << 18;  // a part of a core's second-level cache
+
+// M pixels x kColumns output channels; a pixel's channels begin `step` after the last one's.
+// panel: [units][kColumns].
+template <class T, int M>
+void multiply_pixels(const typename T::Value* pixels, int64_t step, const typename T::Unit* panel,
+                     int64_t units, typename T::Value* out, int64_t out_step) {
+  constexpr int kGroup = 3;  // pixels an address is kept for: twelve need more than there are
+  const typename T::Value* from[(M + kGroup - 1) / kGroup];
+  for (int m = 0; m < M; m += kGroup) from[m / kGroup] = pixels + m * step;
+  for (int m = 0; m < M; m++) __builtin_prefetch(out + (M + m) * out_step, 1);
+  Vector sums[M][2] = {};
+  for (int64_t u = 0; u < units; u++) {
+    const auto left = T::load_units(panel), right = T::load_units(panel + kLanes);
+    panel += kColumns;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      typename T::Unit unit;
+      std::memcpy(&unit, from[m / kGroup] + m % kGroup * step, sizeof unit);
+      const auto repeated = T::repeat(unit);
+      sums[m][0] = T::add_product(sums[m][0], repeated, left);
+      sums[m][1] = T::add_product(sums[m][1], repeated, right);
+    }
+    for (auto& address : from) address += T::kValues;
+  }
+  for (int m = 0; m < M; m++) T::store_values(out + m * out_step, sums[m][0], sums[m][1]);
+}
+
+template <class T, int M>
+void multiply_some_pixels(int64_t num, const typename T::Value* pixels, int64_t step,
+                          const typename T::Unit* panel, int64_t units, typename T::Value* out,
+                          int64_t out_step) {
+  if (num >= M) return multiply_pixels<T, M>(pixels, step, panel, units, out, out_step);
+  if constexpr (M > 1) {
+    multiply_some_pixels<T, M - 1>(num, pixels, step, panel, units, out, out_step);
+  }
+}
+
+// The panel of output channels `first` .. + kColumns, of weight [outputs, inputs].
+template <class T>
+void pack_outputs(const float* weight, int64_t inputs, int64_t first, typename T::Unit* panel) {
+  constexpr int64_t kTile = 16;
+  typename T::Unit tile[kColumns][kTile];
+  for (int64_t u = 0; u < inputs / T::kValues; u += kTile) {
+    for (int64_t k = 0; k < kColumns; k++) {
+      T::adjacent(weight + (first + k) * inputs + u * T::kValues, tile[k], kTile);
+    }
+    for (int64_t i = 0; i < kTile; i++) {
+      for (int64_t k = 0; k < kColumns; k++) panel[(u + i) * kColumns + k] = tile[k][i];
+    }
+  }
+}
+
+// The same of the transposed weight, given as [inputs, outputs].
+template <class T>
+void pack_outputs_transposed(const float* weight, int64_t inputs, int64_t outputs, int64_t first,
+                             typename T::Unit* panel) {
+  for (int64_t u = 0; u < inputs / T::kValues; u++) {
+    const float* from = weight + u * T::kValues * outputs + first;
+    T::stacked(from, outputs, panel + u * kColumns, kColumns);
+  }
+}
+
+// The pixels that a convolution with a stride uses, one behind the other.
+template <class Value>
+void gather(const Convolution& c, const Value* input, Range pixels, Value* to) {
+  for (int64_t p = pixels.begin; p < pixels.end; p++) {
+    const int64_t w = p % c.out_width, h = p / c.out_width % c.out_height;
+    const int64_t image = p / c.out_width / c.out_height;
+    const int64_t at = (image * c.height + h * c.stride) * c.width + w * c.stride;
+    std::copy_n(input + at * c.in_channels, c.in_channels, to + p * c.in_channels);
+  }
+}
+
+// Cache lines of what a thread reads next.
+inline void prefetch(const void* from, Range lines) {
+  for (int64_t i = lines.begin; i < lines.end; i++) {
+    __builtin_prefetch(static_cast<const char*>(from) + 64 * i);
+  }
+}
+
+// transposed: weight is [inputs, outputs] of this product, as for the gradient to the input.
+template <class T>
+void pointwise(const Convolution& c, bool transposed, const typename T::Value* input,
+               const float* weight, typename T::Value* output) {
+  using Value = typename T::Value;
+  using Unit = typename T::Unit;
+  const int64_t inputs = c.in_channels, outputs = c.out_channels, units = inputs / T::kValues;
+  const int64_t pixels = c.images * c.out_height * c.out_width, panels = outputs / kColumns;
+  const int64_t gathered = c.stride > 1 ? pixels * inputs : 0;
+  const Scratch scratch(units * outputs * sizeof(Unit) + gathered * sizeof(Value));
+  auto* const packed = static_cast<Unit*>(scratch.get());
+  auto* const used = reinterpret_cast<Value*>(packed + units * outputs);
+  const Value* const from = gathered ? used : input;
+  const int64_t pixel_bytes = inputs * sizeof(Value);
+  // Pixels 4 KiB apart share the 8 places of one set of the first-level cache.
+  const int64_t rows = pixel_bytes % 4096 ? kRows : std::min<int64_t>(kRows, 8);
+  // A thread takes a block of pixels through all panels. Where those stay in its cache, few pixels,
+  // so that its writes lie together; else as many as stay there themselves.
+  const int64_t kept = outputs * pixel_bytes > kCacheBytes ? kCacheBytes / 2 / pixel_bytes : 1;
+  const int64_t block = std::max<int64_t>(1, kept / rows) * rows;
+#pragma omp parallel num_threads(c.threads)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    Range own_pixels{0, pixels}, own_panels = share(panels, thread, threads);
+    for (int64_t k = own_panels.begin; k < own_panels.end; k++) {
+      Unit* panel = packed + k * units * kColumns;
+      if (transposed) {
+        pack_outputs_transposed<T>(weight, inputs, outputs, k * kColumns, panel);
+      } else {
+        pack_outputs<T>(weight, inputs, k * kColumns, panel);
+      }
+    }
+    if (gathered) gather(c, input, share(pixels, thread, threads), used);
+#pragma omp barrier
+    if (pixels >= outputs) {  // what is larger is divided
+      const Range tiles = share((pixels + rows - 1) / rows, thread, threads);
+      own_pixels = {tiles.begin * rows, std::min(pixels, tiles.end * rows)};
+      own_panels = {0, panels};
+    }
+    for (int64_t begin = own_pixels.begin; begin < own_pixels.end; begin += block) {
+      const int64_t end = std::min(own_pixels.end, begin + block);
+      for (int64_t k = own_panels.begin; k < own_panels.end; k++) {
+        for (int64_t p = begin; p < end; p += rows) {
+          if (block == rows) {
+            prefetch(from + (p + rows) * inputs,
+                     share(rows * pixel_bytes / 64, k - own_panels.begin, own_panels.size()));
+          }
+          multiply_some_pixels<T, kRows>(std::min(rows, end - p), from + p * inputs, inputs,
+                                         packed + k * units * kColumns, units,
+                                         output + p * outputs + k * kColumns, outputs);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void pointwise_float32(const Convolution* c, int64_t transposed, const float* input,
+                       const float* weight, float* output) {
+  pointwise<Float32>(*c, transposed, input, weight, output);
+}
+
+#if HAS_BFLOAT16
+void pointwise_bfloat16(const Convolution* c, int64_t transposed, const uint16_t* input,
+                        const float* weight, uint16_t* output) {
+  pointwise<Bfloat16>(*c, transposed, input, weight, output);
+}
+#endif
+}
