@@ -24,6 +24,7 @@ from moco.process_group import join_group, rank_variables
 from moco.shuffle import ExchangePlan, exchange_plan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MADV_HUGEPAGE, _HEAP_STEP, _PAGE = 14, 1 << 29, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,22 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        _advise_huge_pages(libc)
+
+
+def _advise_huge_pages(libc: ctypes.CDLL) -> None:
+    """Let the heap's next 1.5 GiB be of huge pages where the system leaves that to programs: fewer
+    misses in the page table, a few percent of a CPU step. Addresses only; memory is taken when it
+    is used."""
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    blocks = [block for _ in range(3) if (block := libc.malloc(_HEAP_STEP))]
+    for block in blocks:
+        begin = -(-block // _PAGE) * _PAGE
+        libc.madvise(begin, (block + _HEAP_STEP - begin) // _PAGE * _PAGE, _MADV_HUGEPAGE)
+    for block in reversed(blocks):  # back to the top of the heap, from which all else is taken
+        libc.free(block)
 
 
 def shutdown() -> None:

@@ -31,14 +31,14 @@ extern "C" struct Convolution {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64, kRows = 12, kOutputs = 8;
+constexpr int64_t kVectorBytes = 64, kRows = 12;
 #elif defined(__AVX__)
-constexpr int64_t kVectorBytes = 32, kRows = 6, kOutputs = 4;
+constexpr int64_t kVectorBytes = 32, kRows = 6;
 #else
-constexpr int64_t kVectorBytes = 16, kRows = 6, kOutputs = 4;
+constexpr int64_t kVectorBytes = 16, kRows = 6;
 #endif
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
-constexpr int64_t kLanes = kVectorBytes / sizeof(float), kColumns = 2 * kLanes;
+constexpr int64_t kLanes = kVectorBytes / sizeof(float);
 
 inline Vector load(const float* from) {
   Vector vector;
@@ -57,6 +57,7 @@ struct Float32 {
   static Units load_units(const Unit* from) { return load(from); }
   static Units repeat(Unit unit) { return Units{} + unit; }
   static Vector add_product(Vector sum, Units a, Units b) { return sum + a * b; }
+  static Vector load_values(const Value* from) { return load(from); }
   static void store_values(Value* to, Vector left, Vector right) {
     store(to, left);
     store(to + kLanes, right);
@@ -84,6 +85,10 @@ struct Bfloat16 {
   static Units repeat(Unit unit) { return (Units)_mm512_set1_epi32(int32_t(unit)); }
   static Vector add_product(Vector sum, Units a, Units b) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+  static Vector load_values(const Value* from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    return (Vector)_mm512_slli_epi32(wide, 16);
   }
   static void store_values(Value* to, Vector left, Vector right) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));

@@ -42,7 +42,7 @@ def convolve(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
     if (
         convolution.training
         and getattr(convolution, "compiled", False)
-        and _runs(convolution, x_BCHW)
+        and runs(convolution, x_BCHW)
     ):
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         stride, padding = convolution.stride[0], convolution.padding[0]
@@ -70,7 +70,8 @@ def suits(convolution: nn.Conv2d) -> bool:
     )
 
 
-def _runs(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> bool:
+def runs(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> bool:
+    """Whether the kernels have these types."""
     if x_BCHW.device.type != "cpu" or convolution.weight.dtype != torch.float32:
         return False
     if torch.is_autocast_enabled("cpu"):
@@ -83,15 +84,42 @@ def _is_pointwise(weight_KCRS: torch.Tensor, padding: int) -> bool:
     return weight_KCRS.shape[2] == 1 and padding == 0
 
 
+def forward(x_BCHW, weight_KCRS, stride: int, padding: int):
+    """The convolution, and what `input_gradient` needs of the weights."""
+    if _is_pointwise(weight_KCRS, padding):
+        return _pointwise(x_BCHW, weight_KCRS, stride), None
+    cast = weight_KCRS.to(x_BCHW.dtype)
+    return torch.conv2d(x_BCHW, cast, stride=stride, padding=padding), cast
+
+
+def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, cast, stride: int, padding: int, onto=None):
+    """The gradient to x, added to `onto` where that is given.
+
+    cast: of `forward`.
+    """
+    if cast is None and (stride == 1 or onto is not None):
+        return _pointwise(dy_BKHW, weight_KCRS, stride, transposed=True, onto=onto)
+    cast = weight_KCRS.to(x_BCHW.dtype) if cast is None else cast
+    dx_BCHW = torch.ops.aten.convolution_backward(
+        dy_BKHW, x_BCHW, cast, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
+        [True, False, False],
+    )[0]  # fmt: skip
+    return dx_BCHW if onto is None else onto.add_(dx_BCHW)
+
+
+def weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
+    """The gradient to the weights, float32, channels-last."""
+    dweight = torch.empty_like(weight_KCRS, memory_format=torch.channels_last)
+    layer = _describe(x_BCHW, dy_BKHW, weight_KCRS.shape[2], stride, padding)
+    _call("weight_gradient", x_BCHW, (layer,), x_BCHW, dy_BKHW, dweight)
+    return dweight
+
+
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
-        ctx.stride, ctx.padding = stride, padding
-        if _is_pointwise(weight, padding):
-            cast, y = None, _pointwise(x, weight, stride)
-        else:
-            cast = weight.to(x.dtype)
-            y = torch.conv2d(x, cast, stride=stride, padding=padding)
+        ctx.geometry = stride, padding
+        y, cast = forward(x, weight, stride, padding)
         ctx.save_for_backward(x, weight, cast)
         return y
 
@@ -102,21 +130,30 @@ class _Convolve(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            if cast is None and ctx.stride == 1:
-                dx = _pointwise(dy, weight, 1, transposed=True)
-            else:
-                cast = weight.to(x.dtype) if cast is None else cast
-                dx = _input_gradient(dy, x, cast, ctx.stride, ctx.padding)
+            dx = input_gradient(x, dy, weight, cast, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            dweight = _weight_gradient(x, dy, weight, ctx.stride, ctx.padding)
+            dweight = weight_gradient(x, dy, weight, *ctx.geometry)
         return dx, dweight, None, None
 
 
-def _input_gradient(dy, x, weight, stride: int, padding: int) -> torch.Tensor:
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
-        [True, False, False],
-    )[0]  # fmt: skip
+def _pointwise(
+    x_BCHW, weight_KC11, stride: int, *, transposed: bool = False, onto=None
+) -> torch.Tensor:
+    """The 1x1 convolution, added to `onto` where that is given.
+
+    transposed: with weights [C, K], as for the gradient to its input; with a stride it needs `onto`.
+    """
+    batch, _, height, width = x_BCHW.shape
+    channels = weight_KC11.shape[1 if transposed else 0]
+    y_BKHW = onto
+    if onto is None:
+        y_BKHW = torch.empty(
+            (batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1),
+            dtype=x_BCHW.dtype, memory_format=torch.channels_last,
+        )  # fmt: skip
+    sizes = _describe(x_BCHW, y_BKHW, 1, stride, 0), transposed, onto is not None
+    _call("pointwise", x_BCHW, sizes, x_BCHW, weight_KC11.contiguous(), y_BKHW)
+    return y_BKHW
 
 
 def _describe(x, dy, kernel_size: int, stride: int, padding: int) -> _Convolution:
@@ -126,28 +163,7 @@ def _describe(x, dy, kernel_size: int, stride: int, padding: int) -> _Convolutio
     )
 
 
-def _call(name: str, x: torch.Tensor, *arguments) -> None:
-    *sizes, first, second, third = arguments
-    pointers = (first.data_ptr(), second.data_ptr(), third.data_ptr())
-    source, types = name, [ctypes.POINTER(_Convolution), *[ctypes.c_int64] * (len(sizes) - 1)]
-    kernel(source, f"{name}_{_TYPES[x.dtype]}", 3, *types)(*sizes, *pointers)
-
-
-def _pointwise(x_BCHW, weight_KC11, stride: int, *, transposed: bool = False) -> torch.Tensor:
-    """The 1x1 convolution; transposed: with weights [C, K], as for the gradient to its input."""
-    batch, _, height, width = x_BCHW.shape
-    channels = weight_KC11.shape[1 if transposed else 0]
-    y_BKHW = torch.empty(
-        (batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1),
-        dtype=x_BCHW.dtype, memory_format=torch.channels_last,
-    )  # fmt: skip
-    layer = _describe(x_BCHW, y_BKHW, 1, stride, 0)
-    _call("pointwise", x_BCHW, layer, transposed, x_BCHW, weight_KC11.contiguous(), y_BKHW)
-    return y_BKHW
-
-
-def _weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
-    dweight = torch.empty_like(weight_KCRS, memory_format=torch.channels_last)
-    layer = _describe(x_BCHW, dy_BKHW, weight_KCRS.shape[2], stride, padding)
-    _call("weight_gradient", x_BCHW, layer, x_BCHW, dy_BKHW, dweight)
-    return dweight
+def _call(name: str, x: torch.Tensor, sizes: tuple, *tensors: torch.Tensor) -> None:
+    types = ctypes.POINTER(_Convolution), *[ctypes.c_int64] * (len(sizes) - 1)
+    function = kernel(name, f"{name}_{_TYPES[x.dtype]}", len(tensors), *types)
+    function(*sizes, *(tensor.data_ptr() for tensor in tensors))

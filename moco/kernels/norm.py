@@ -7,6 +7,7 @@ one after the other. `batch_norm.cpp` joins them.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,9 @@ class _Layer(ctypes.Structure):
     ]
 
 
+_POINTER = ctypes.POINTER(_Layer)
+
+
 def norm_relu(
     norm: nn.BatchNorm2d,
     x_BCHW: torch.Tensor,
@@ -45,57 +49,72 @@ def norm_relu(
         relu: without it there must be no shortcut either.
     Raises: ValueError for one value a channel and group, as torch, or another type.
     """
-    batch, channels, height, width = x_BCHW.shape
     if x_BCHW.dtype not in _TYPES or x_BCHW.device.type != "cpu":
         raise ValueError(
             f"compiled batch norm takes {', '.join(_TYPES.values())} on a CPU, got {x_BCHW.dtype} "
             f"on {x_BCHW.device}"
         )
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    if shortcut_BCHW is not None:
+        assert relu and shortcut_BCHW.dtype == x_BCHW.dtype
+        shortcut_BCHW = shortcut_BCHW.contiguous(memory_format=torch.channels_last)
+    if torch.is_grad_enabled():
+        return _NormRelu.apply(x_BCHW, shortcut_BCHW, norm.weight, norm.bias, norm, groups, relu)
+    return forward(norm, x_BCHW, groups, relu, shortcut_BCHW, out=x_BCHW)[0]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass needs besides tensors; `layer` points into `stats`."""
+
+    layer: _Layer
+    stats_4GC: torch.Tensor
+
+
+def forward(
+    norm: nn.BatchNorm2d, x_BCHW, groups: int, relu: bool, shortcut_BCHW, out: torch.Tensor
+) -> tuple[torch.Tensor, Saved]:
+    """`norm_relu` of channels-last tensors into `out`, which may be x."""
+    batch, channels, height, width = x_BCHW.shape
     if batch // groups * height * width < 2:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got {list(x_BCHW.shape)} in "
             f"{groups} group(s)"
         )
-    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-    if shortcut_BCHW is not None:
-        assert relu and shortcut_BCHW.dtype == x_BCHW.dtype
-        shortcut_BCHW = shortcut_BCHW.contiguous(memory_format=torch.channels_last)
     norm.num_batches_tracked.add_(1)
-    if torch.is_grad_enabled():
-        return _NormRelu.apply(x_BCHW, shortcut_BCHW, norm.weight, norm.bias, norm, groups, relu)
-    stats = torch.empty(4, groups, channels, dtype=torch.float32)
-    layer = _describe(norm, x_BCHW, groups, relu, stats)
-    return _forward(layer, x_BCHW, shortcut_BCHW, out=x_BCHW)
-
-
-def _describe(norm, x_BCHW, groups: int, relu: bool, stats_4GC: torch.Tensor) -> _Layer:
-    batch, channels, height, width = x_BCHW.shape
+    stats = torch.empty(4, groups, channels)
+    first, step = stats.data_ptr(), 4 * groups * channels
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return _Layer(
+    layer = _Layer(
         batch, height * width, channels, groups, torch.get_num_threads(), relu, norm.eps,
-        norm.momentum, *map(_address, parameters), *map(_address, stats_4GC),
+        norm.momentum, *map(_address, parameters), *range(first, first + 4 * step, step),
     )  # fmt: skip
+    function = kernel("batch_norm", f"forward_{_TYPES[x_BCHW.dtype]}", 3, _POINTER)
+    function(layer, x_BCHW.data_ptr(), _address(shortcut_BCHW), out.data_ptr())
+    return out, Saved(layer, stats)
+
+
+def backward(
+    saved: Saved, x_BCHW, dy_BCHW, dx_BCHW, dweight, dbias, *, y_BCHW=None, gated_BCHW=None
+) -> None:
+    """Fill dx, which may be dy, and the parameters' gradients.
+
+    y_BCHW, gated_BCHW: where a shortcut was added, the output, and room for its gradient. Else the
+    ReLU's gate is computed from x again.
+    """
+    function = kernel("batch_norm", f"backward_{_TYPES[x_BCHW.dtype]}", 7, _POINTER)
+    tensors = (x_BCHW, y_BCHW, dy_BCHW, dx_BCHW, gated_BCHW, dweight, dbias)
+    function(saved.layer, *map(_address, tensors))
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _forward(layer: _Layer, x_BCHW, shortcut_BCHW, out: torch.Tensor) -> torch.Tensor:
-    name = f"forward_{_TYPES[x_BCHW.dtype]}"
-    kernel("batch_norm", name, 3, ctypes.POINTER(_Layer))(
-        layer, *map(_address, (x_BCHW, shortcut_BCHW, out))
-    )
-    return out
-
-
 class _NormRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut, weight, bias, norm, groups, relu):
-        ctx.stats = torch.empty(4, groups, x.shape[1], dtype=torch.float32)
-        ctx.layer = _describe(norm, x, groups, relu, ctx.stats)
-        y = _forward(ctx.layer, x, shortcut, out=torch.empty_like(x))
-        # Where there is no shortcut the ReLU's gate is computed from x again.
+        y, ctx.saved = forward(norm, x, groups, relu, shortcut, out=torch.empty_like(x))
         ctx.save_for_backward(x, None if shortcut is None else y, weight)
         return y
 
@@ -106,6 +125,5 @@ class _NormRelu(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, gated = torch.empty_like(x), None if y is None else torch.empty_like(x)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-        function = kernel("batch_norm", f"backward_{_TYPES[x.dtype]}", 7, ctypes.POINTER(_Layer))
-        function(ctx.layer, *map(_address, (x, y, dy, dx, gated, dweight, dbias)))
+        backward(ctx.saved, x, dy, dx, dweight, dbias, y_BCHW=y, gated_BCHW=gated)
         return dx, gated, dweight, dbias, None, None, None

@@ -9,13 +9,14 @@
 
 namespace {
 
-constexpr int64_t kCacheBytes = 1 << 18;  // a part of a core's second-level cache
+constexpr int64_t kColumns = 2 * kLanes;  // output channels of a panel
+constexpr int64_t kCacheBytes = 1 << 18;   // a part of a core's second-level cache
 
 // M pixels x kColumns output channels; a pixel's channels begin `step` after the last one's.
 // panel: [units][kColumns].
 template <class T, int M>
 void multiply_pixels(const typename T::Value* pixels, int64_t step, const typename T::Unit* panel,
-                     int64_t units, typename T::Value* out, int64_t out_step) {
+                     int64_t units, typename T::Value* out, int64_t out_step, bool add) {
   constexpr int kGroup = 3;  // pixels an address is kept for: twelve need more than there are
   const typename T::Value* from[(M + kGroup - 1) / kGroup];
   for (int m = 0; m < M; m += kGroup) from[m / kGroup] = pixels + m * step;
@@ -34,16 +35,23 @@ void multiply_pixels(const typename T::Value* pixels, int64_t step, const typena
     }
     for (auto& address : from) address += T::kValues;
   }
-  for (int m = 0; m < M; m++) T::store_values(out + m * out_step, sums[m][0], sums[m][1]);
+  for (int m = 0; m < M; m++) {
+    typename T::Value* to = out + m * out_step;
+    if (add) {
+      sums[m][0] += T::load_values(to);
+      sums[m][1] += T::load_values(to + kLanes);
+    }
+    T::store_values(to, sums[m][0], sums[m][1]);
+  }
 }
 
 template <class T, int M>
 void multiply_some_pixels(int64_t num, const typename T::Value* pixels, int64_t step,
                           const typename T::Unit* panel, int64_t units, typename T::Value* out,
-                          int64_t out_step) {
-  if (num >= M) return multiply_pixels<T, M>(pixels, step, panel, units, out, out_step);
+                          int64_t out_step, bool add) {
+  if (num >= M) return multiply_pixels<T, M>(pixels, step, panel, units, out, out_step, add);
   if constexpr (M > 1) {
-    multiply_some_pixels<T, M - 1>(num, pixels, step, panel, units, out, out_step);
+    multiply_some_pixels<T, M - 1>(num, pixels, step, panel, units, out, out_step, add);
   }
 }
 
@@ -72,16 +80,15 @@ void pack_outputs_transposed(const float* weight, int64_t inputs, int64_t output
   }
 }
 
-// The pixels that a convolution with a stride uses, one behind the other.
-template <class Value>
-void gather(const Convolution& c, const Value* input, Range pixels, Value* to) {
-  for (int64_t p = pixels.begin; p < pixels.end; p++) {
-    const int64_t w = p % c.out_width, h = p / c.out_width % c.out_height;
-    const int64_t image = p / c.out_width / c.out_height;
-    const int64_t at = (image * c.height + h * c.stride) * c.width + w * c.stride;
-    std::copy_n(input + at * c.in_channels, c.in_channels, to + p * c.in_channels);
+// Where pixel `p` of `height` x `width` lies in an image that has `stride` times as many.
+struct Strided {
+  int64_t height, width, stride, full_height, full_width;
+
+  int64_t operator()(int64_t p) const {
+    const int64_t w = p % width, h = p / width % height, image = p / width / height;
+    return (image * full_height + h * stride) * full_width + w * stride;
   }
-}
+};
 
 // Cache lines of what a thread reads next.
 inline void prefetch(const void* from, Range lines) {
@@ -90,19 +97,27 @@ inline void prefetch(const void* from, Range lines) {
   }
 }
 
-// transposed: weight is [inputs, outputs] of this product, as for the gradient to the input.
+// transposed: weight is [inputs, outputs] of this product, as for the gradient to the input. With a
+// stride that gradient is added to some pixels of the output; the others' is 0.
+// add: to what the output holds, before that sum is rounded.
 template <class T>
-void pointwise(const Convolution& c, bool transposed, const typename T::Value* input,
+void pointwise(const Convolution& c, bool transposed, bool add, const typename T::Value* input,
                const float* weight, typename T::Value* output) {
   using Value = typename T::Value;
   using Unit = typename T::Unit;
   const int64_t inputs = c.in_channels, outputs = c.out_channels, units = inputs / T::kValues;
-  const int64_t pixels = c.images * c.out_height * c.out_width, panels = outputs / kColumns;
-  const int64_t gathered = c.stride > 1 ? pixels * inputs : 0;
-  const Scratch scratch(units * outputs * sizeof(Unit) + gathered * sizeof(Value));
+  const int64_t panels = outputs / kColumns;
+  const bool gathers = c.stride > 1 && !transposed, scatters = c.stride > 1 && transposed;
+  const Strided place = transposed ? Strided{c.height, c.width, c.stride, c.out_height, c.out_width}
+                                   : Strided{c.out_height, c.out_width, c.stride, c.height, c.width};
+  const int64_t pixels = c.images * place.height * place.width;
+  const int64_t moved = gathers ? pixels * inputs : scatters ? pixels * outputs : 0;
+  const Scratch scratch(units * outputs * sizeof(Unit) + moved * sizeof(Value));
   auto* const packed = static_cast<Unit*>(scratch.get());
-  auto* const used = reinterpret_cast<Value*>(packed + units * outputs);
-  const Value* const from = gathered ? used : input;
+  auto* const dense = reinterpret_cast<Value*>(packed + units * outputs);
+  const Value* const from = gathers ? dense : input;
+  Value* const to = scatters ? dense : output;
+  const bool add_at_once = add && !scatters;
   const int64_t pixel_bytes = inputs * sizeof(Value);
   // Pixels 4 KiB apart share the 8 places of one set of the first-level cache.
   const int64_t rows = pixel_bytes % 4096 ? kRows : std::min<int64_t>(kRows, 8);
@@ -110,11 +125,14 @@ void pointwise(const Convolution& c, bool transposed, const typename T::Value* i
   // so that its writes lie together; else as many as stay there themselves.
   const int64_t kept = outputs * pixel_bytes > kCacheBytes ? kCacheBytes / 2 / pixel_bytes : 1;
   const int64_t block = std::max<int64_t>(1, kept / rows) * rows;
+  // What is larger is divided. The same thread has the same images in all layers, so that it finds
+  // in its cache what it wrote: dynamic scheduling was slower.
+  const bool divide_pixels = pixels >= outputs;
 #pragma omp parallel num_threads(c.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Range own_pixels{0, pixels}, own_panels = share(panels, thread, threads);
-    for (int64_t k = own_panels.begin; k < own_panels.end; k++) {
+    const Range to_pack = share(panels, thread, threads);
+    for (int64_t k = to_pack.begin; k < to_pack.end; k++) {
       Unit* panel = packed + k * units * kColumns;
       if (transposed) {
         pack_outputs_transposed<T>(weight, inputs, outputs, k * kColumns, panel);
@@ -122,9 +140,13 @@ void pointwise(const Convolution& c, bool transposed, const typename T::Value* i
         pack_outputs<T>(weight, inputs, k * kColumns, panel);
       }
     }
-    if (gathered) gather(c, input, share(pixels, thread, threads), used);
+    const Range to_move = share(pixels, thread, threads);
+    for (int64_t p = to_move.begin; gathers && p < to_move.end; p++) {
+      std::copy_n(input + place(p) * inputs, inputs, dense + p * inputs);
+    }
 #pragma omp barrier
-    if (pixels >= outputs) {  // what is larger is divided
+    Range own_pixels{0, pixels}, own_panels = to_pack;
+    if (divide_pixels) {
       const Range tiles = share((pixels + rows - 1) / rows, thread, threads);
       own_pixels = {tiles.begin * rows, std::min(pixels, tiles.end * rows)};
       own_panels = {0, panels};
@@ -139,7 +161,18 @@ void pointwise(const Convolution& c, bool transposed, const typename T::Value* i
           }
           multiply_some_pixels<T, kRows>(std::min(rows, end - p), from + p * inputs, inputs,
                                          packed + k * units * kColumns, units,
-                                         output + p * outputs + k * kColumns, outputs);
+                                         to + p * outputs + k * kColumns, outputs, add_at_once);
+        }
+      }
+    }
+    if (scatters) {
+#pragma omp barrier
+      for (int64_t p = to_move.begin; p < to_move.end; p++) {
+        Value* sum = output + place(p) * outputs;
+        for (int64_t k = 0; k < outputs; k += 2 * kLanes) {
+          const Value* added = dense + p * outputs + k;
+          T::store_values(sum + k, T::load_values(sum + k) + T::load_values(added),
+                          T::load_values(sum + k + kLanes) + T::load_values(added + kLanes));
         }
       }
     }
@@ -150,15 +183,15 @@ void pointwise(const Convolution& c, bool transposed, const typename T::Value* i
 
 extern "C" {
 
-void pointwise_float32(const Convolution* c, int64_t transposed, const float* input,
+void pointwise_float32(const Convolution* c, int64_t transposed, int64_t add, const float* input,
                        const float* weight, float* output) {
-  pointwise<Float32>(*c, transposed, input, weight, output);
+  pointwise<Float32>(*c, transposed, add, input, weight, output);
 }
 
 #if HAS_BFLOAT16
-void pointwise_bfloat16(const Convolution* c, int64_t transposed, const uint16_t* input,
+void pointwise_bfloat16(const Convolution* c, int64_t transposed, int64_t add, const uint16_t* input,
                         const float* weight, uint16_t* output) {
-  pointwise<Bfloat16>(*c, transposed, input, weight, output);
+  pointwise<Bfloat16>(*c, transposed, add, input, weight, output);
 }
 #endif
 }

@@ -12,6 +12,10 @@
 
 namespace {
 
+// A tile of sums is kOutputs output channels x 2 or kMostVectors vectors of input channels.
+constexpr int64_t kOutputs = 4;
+constexpr int kMostVectors = kVectorBytes == 64 ? 4 : 2;  // of 32 or 16 registers
+
 // Of `pairs` of images (of single ones in float) some rows of the output.
 struct Chunk {
   Range pairs, rows;
@@ -52,18 +56,18 @@ std::vector<Chunk> divide(const Shape& s, int64_t bytes, int64_t budget, int64_t
   return chunks;
 }
 
-// sums[kOutputs][kColumns] += over `num` pixels; outputs: [num][kOutputs], inputs: columns of them,
-// `step` units apart.
-template <class T>
+// sums += over `num` pixels; outputs: [num][kOutputs], inputs: V vectors of them, `step` units apart.
+template <class T, int V>
 inline void add_pixels(const typename T::Unit* outputs, const typename T::Unit* inputs, int64_t num,
-                       int64_t step, Vector (&sums)[kOutputs][2]) {
+                       int64_t step, Vector (&sums)[kOutputs][V]) {
   for (int64_t i = 0; i < num; i++) {
-    const auto left = T::load_units(inputs), right = T::load_units(inputs + kLanes);
-#pragma GCC unroll 8
+    typename T::Units in[V];
+    for (int v = 0; v < V; v++) in[v] = T::load_units(inputs + v * kLanes);
+#pragma GCC unroll 4
     for (int64_t m = 0; m < kOutputs; m++) {
       const auto repeated = T::repeat(outputs[m]);
-      sums[m][0] = T::add_product(sums[m][0], repeated, left);
-      sums[m][1] = T::add_product(sums[m][1], repeated, right);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sums[m][v] = T::add_product(sums[m][v], repeated, in[v]);
     }
     outputs += kOutputs;
     inputs += step;
@@ -83,7 +87,8 @@ void pack_pixels(const typename T::Value* image, const typename T::Value* next, 
   }
 }
 
-template <class T>
+// V: vectors of input channels in a tile of sums.
+template <class T, int V>
 class WeightGradient {
   using Value = typename T::Value;
   using Unit = typename T::Unit;
@@ -151,6 +156,7 @@ class WeightGradient {
   }
 
  private:
+  static constexpr int64_t kColumns = V * kLanes;
   static constexpr int64_t kOwnBytes = 1 << 19;     // stays in a core's cache
   static constexpr int64_t kSharedBytes = 1 << 24;  // stays in all cores' cache
 
@@ -207,11 +213,11 @@ class WeightGradient {
       const int64_t tap = i % taps, block = i / taps % blocks, column = i / taps / blocks;
       float* to = dw + (block * kOutputs * taps + tap) * c_.in_channels + column * kColumns;
       const int64_t to_step = taps * c_.in_channels;
-      Vector sums[kOutputs][2] = {};
+      Vector sums[kOutputs][V] = {};
       add_tap(chunk, tap / c_.kernel, tap % c_.kernel, packed + block * kOutputs * out_units,
               inputs + column * kColumns * in_units, sums);
       for (int64_t m = 0; m < kOutputs; m++) {
-        for (int64_t v = 0; v < 2; v++) {
+        for (int64_t v = 0; v < V; v++) {
           float* at = to + m * to_step + v * kLanes;
           store(at, set ? sums[m][v] : load(at) + sums[m][v]);  // short sums keep their digits
         }
@@ -221,8 +227,8 @@ class WeightGradient {
 
   // The part of one place (r, s) of the kernel; pixels beside the image add nothing.
   void add_tap(const Chunk& chunk, int64_t r, int64_t s, const Unit* outputs, const Unit* inputs,
-               Vector (&sums)[kOutputs][2]) const {
-    if (c_.kernel == 1) return add_pixels<T>(outputs, inputs, output_pixels(chunk), kColumns, sums);
+               Vector (&sums)[kOutputs][V]) const {
+    if (c_.kernel == 1) return add_pixels<T, V>(outputs, inputs, output_pixels(chunk), kColumns, sums);
     const Range in_rows = s_.input_rows(chunk.rows);
     const int64_t rows = chunk.rows.size(), down = r - c_.padding, right = s - c_.padding;
     const Range h = s_.inside(down, s_.height, s_.out_height);
@@ -233,7 +239,7 @@ class WeightGradient {
         const int64_t at = (pair * rows + row - chunk.rows.begin) * s_.out_width + w.begin;
         const int64_t in_row = pair * in_rows.size() + row * s_.stride + down - in_rows.begin;
         const int64_t in_at = in_row * s_.width + w.begin * s_.stride + right;
-        add_pixels<T>(outputs + at * kOutputs, inputs + in_at * kColumns, w.size(),
+        add_pixels<T, V>(outputs + at * kOutputs, inputs + in_at * kColumns, w.size(),
                       s_.stride * kColumns, sums);
       }
     }
@@ -245,18 +251,28 @@ class WeightGradient {
   int64_t size_, pair_units_;
 };
 
+template <class T>
+void weight_gradient(const Convolution& c, const typename T::Value* x, const typename T::Value* dy,
+                     float* dw) {
+  if (c.in_channels % (kMostVectors * kLanes) == 0) {
+    WeightGradient<T, kMostVectors>(c, x, dy).compute(dw);
+  } else {
+    WeightGradient<T, 2>(c, x, dy).compute(dw);
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
 void weight_gradient_float32(const Convolution* c, const float* x, const float* dy, float* dw) {
-  WeightGradient<Float32>(*c, x, dy).compute(dw);
+  weight_gradient<Float32>(*c, x, dy, dw);
 }
 
 #if HAS_BFLOAT16
 void weight_gradient_bfloat16(const Convolution* c, const uint16_t* x, const uint16_t* dy,
                               float* dw) {
-  WeightGradient<Bfloat16>(*c, x, dy).compute(dw);
+  weight_gradient<Bfloat16>(*c, x, dy, dw);
 }
 #endif
 }

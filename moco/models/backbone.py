@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -10,32 +10,45 @@ import torchvision
 from torchvision.models import resnet
 
 from moco.errors import ConfigError
+from moco.kernels import residual
 from moco.kernels.convolution import convolve
-from moco.models.norm import choose_norm, norm_relu
+from moco.models.norm import choose_norm, groups_of, norm_relu
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's block, whose norms may run joined with what follows them."""
+    """torchvision's block, whose layers may run joined."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        out = norm_relu(self.bn1, convolve(self.conv1, x_BCHW))
-        return norm_relu(self.bn2, convolve(self.conv2, out), _shortcut(self, x_BCHW))
+        layers = (self.conv1, self.bn1), (self.conv2, self.bn2)
+        return _residual(layers, self.downsample, x_BCHW)
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's block, whose norms may run joined with what follows them."""
+    """torchvision's block, whose layers may run joined."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        out = norm_relu(self.bn1, convolve(self.conv1, x_BCHW))
-        out = norm_relu(self.bn2, convolve(self.conv2, out))
-        return norm_relu(self.bn3, convolve(self.conv3, out), _shortcut(self, x_BCHW))
+        layers = (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+        return _residual(layers, self.downsample, x_BCHW)
 
 
-def _shortcut(block: BasicBlock | Bottleneck, x_BCHW: torch.Tensor) -> torch.Tensor:
-    if block.downsample is None:
-        return x_BCHW
-    convolution, norm = block.downsample
-    return norm_relu(norm, convolve(convolution, x_BCHW), relu=False)
+def _residual(
+    pairs: Sequence[tuple[nn.Module, nn.Module]],
+    downsample: nn.Sequential | None,
+    x_BCHW: torch.Tensor,
+) -> torch.Tensor:
+    """What a block computes of its convolutions, each with the norm after it."""
+    if residual.has_kernels([*pairs, *([downsample] if downsample else [])], x_BCHW):
+        groups = groups_of(pairs[0][1], len(x_BCHW))
+        return residual.residual(pairs, downsample, x_BCHW, groups)
+    out_BCHW = x_BCHW
+    for convolution, norm in pairs[:-1]:
+        out_BCHW = norm_relu(norm, convolve(convolution, out_BCHW))
+    convolution, norm = pairs[-1]
+    out_BCHW = convolve(convolution, out_BCHW)
+    shortcut_BCHW = x_BCHW
+    if downsample is not None:
+        shortcut_BCHW = norm_relu(downsample[1], convolve(downsample[0], x_BCHW), relu=False)
+    return norm_relu(norm, out_BCHW, shortcut_BCHW)
 
 
 # architecture -> (block, blocks in layer1..4)

@@ -46,7 +46,7 @@ def norm_relu(
     In one pass over the memory where `use_kernels_` said so; x may be overwritten.
     """
     if norm.training and getattr(norm, "compiled", False):
-        groups = norm.groups_of(len(x_BCHW)) if isinstance(norm, SplitBatchNorm2d) else 1
+        groups = groups_of(norm, len(x_BCHW))
         return kernels.norm_relu(
             norm, x_BCHW, groups=groups, relu=relu, shortcut_BCHW=shortcut_BCHW
         )
@@ -54,6 +54,11 @@ def norm_relu(
     if shortcut_BCHW is not None:
         y_BCHW += shortcut_BCHW
     return F.relu(y_BCHW, inplace=True) if relu else y_BCHW
+
+
+def groups_of(norm: nn.Module, batch: int) -> int:
+    """Groups of the images that are normalised separately in training."""
+    return norm.groups_of(batch) if isinstance(norm, SplitBatchNorm2d) else 1
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
