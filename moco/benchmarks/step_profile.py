@@ -11,7 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
+from moco.contrast import fused
 from moco.kernels import convolution, norm
+from moco.training import step
 
 REST = "rest"
 # group -> beginnings of operations' names; the first group that fits has it.
@@ -31,7 +33,7 @@ _GROUPS = {
     ),
     "ReLU": ("aten::clamp_min", "aten::relu", "aten::threshold_backward"),
     "pooling": ("aten::max_pool", "aten::mean", "aten::adaptive_avg", "aten::_adaptive_avg"),
-    "matrix products (heads, logits)": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "matrix products (heads, logits)": ("kernel: InfoNCE", "aten::mm", "aten::addmm", "aten::bmm"),
     "softmax and accuracy": (
         "aten::_log_softmax", "aten::log_softmax", "aten::nll", "aten::topk", "aten::exp",
         "aten::amax", "aten::cat",
@@ -42,13 +44,16 @@ _GROUPS = {
         "aten::add", "aten::mul", "aten::sub", "aten::div", "aten::_foreach",
     ),
     "copies and casts": ("aten::copy_", "aten::clone", "aten::to", "aten::_to_copy"),
-    "gradient norm": ("aten::linalg_vector_norm", "aten::norm"),
+    "gradient norm": ("aten::linalg_vector_norm", "aten::norm", "kernel: gradient norm"),
 }  # fmt: skip
 
 _KERNELS = (  # module, its function, the name the profiler is told
-    (norm, "_forward", "norm"),
+    (norm, "forward", "norm"),
+    (norm, "backward", "norm"),
     (convolution, "_pointwise", "1x1 convolution"),
-    (convolution, "_weight_gradient", "gradient to weights"),
+    (convolution, "weight_gradient", "gradient to weights"),
+    (fused, "info_nce", "InfoNCE"),
+    (step, "total_norm", "gradient norm"),
 )
 
 

@@ -10,7 +10,7 @@ from moco.kernels.convolution import suits
 
 def use_kernels_(network: nn.Module) -> int:
     """Let `network` compute by kernels in training: its plain and split batch norms, the
-    convolutions the kernels have, and itself where it is a method with an InfoNCE loss.
+    convolutions and linear layers the kernels have, and itself where it is a method.
 
     Returns: how many layers do.
     Raises: ConfigError as `compile_kernels`.
@@ -19,7 +19,7 @@ def use_kernels_(network: nn.Module) -> int:
     layers = [
         module
         for module in network.modules()
-        if isinstance(module, nn.BatchNorm2d) or (isinstance(module, nn.Conv2d) and suits(module))
+        if isinstance(module, nn.BatchNorm2d) or suits(module)
     ]
     for module in [network] * hasattr(network, "compiled") + layers:
         module.compiled = True

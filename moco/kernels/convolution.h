@@ -31,11 +31,11 @@ extern "C" struct Convolution {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64, kRows = 12;
+constexpr int64_t kVectorBytes = 64;
 #elif defined(__AVX__)
-constexpr int64_t kVectorBytes = 32, kRows = 6;
+constexpr int64_t kVectorBytes = 32;
 #else
-constexpr int64_t kVectorBytes = 16, kRows = 6;
+constexpr int64_t kVectorBytes = 16;
 #endif
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 constexpr int64_t kLanes = kVectorBytes / sizeof(float);

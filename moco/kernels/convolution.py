@@ -12,6 +12,7 @@ import ctypes
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moco.kernels.compiler import has_kernel, kernel
@@ -53,14 +54,34 @@ def convolve(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
     return convolution(x_BCHW)
 
 
-def suits(convolution: nn.Conv2d) -> bool:
+def linear(layer: nn.Linear, x_BC: torch.Tensor) -> torch.Tensor:
+    """layer(x), in training by the 1x1 convolution's kernels on the same terms as `convolve`."""
+    chosen = layer.training and getattr(layer, "compiled", False)
+    if not (chosen and runs(layer, x_BC)):
+        return F.linear(x_BC, layer.weight, layer.bias)
+    pixels = x_BC[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    weight = layer.weight[:, :, None, None]
+    if torch.is_grad_enabled():
+        y_BK = _Convolve.apply(pixels, weight, 1, 0)[:, :, 0, 0]
+    else:
+        y_BK = _pointwise(pixels, weight, 1)[:, :, 0, 0]
+    return y_BK if layer.bias is None else y_BK + layer.bias.to(y_BK.dtype)
+
+
+def suits(layer: nn.Module) -> bool:
     """Whether the kernels have this layer."""
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return False
+    weight = layer.weight
+    if weight.dtype != torch.float32 or any(n % _CHANNELS for n in weight.shape[:2]):
+        return False
+    return isinstance(layer, nn.Linear) or _is_plain(layer)
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
     weight = convolution.weight
     return (
-        weight.dtype == torch.float32
-        and weight.shape[0] % _CHANNELS == 0
-        and weight.shape[1] % _CHANNELS == 0
-        and weight.shape[2] == weight.shape[3]
+        weight.shape[2] == weight.shape[3]
         and convolution.stride[0] == convolution.stride[1]
         and convolution.padding in [(n, n) for n in range(weight.shape[2])]
         and convolution.padding_mode == "zeros"
@@ -70,14 +91,14 @@ def suits(convolution: nn.Conv2d) -> bool:
     )
 
 
-def runs(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> bool:
+def runs(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether the kernels have these types."""
-    if x_BCHW.device.type != "cpu" or convolution.weight.dtype != torch.float32:
+    if x.device.type != "cpu" or layer.weight.dtype != torch.float32:
         return False
     if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu") == x_BCHW.dtype == torch.bfloat16
+        half = torch.get_autocast_dtype("cpu") == x.dtype == torch.bfloat16
         return half and has_kernel("pointwise", "pointwise_bfloat16")
-    return x_BCHW.dtype == torch.float32
+    return x.dtype == torch.float32
 
 
 def _is_pointwise(weight_KCRS: torch.Tensor, padding: int) -> bool:
@@ -141,7 +162,8 @@ def _pointwise(
 ) -> torch.Tensor:
     """The 1x1 convolution, added to `onto` where that is given.
 
-    transposed: with weights [C, K], as for the gradient to its input; with a stride it needs `onto`.
+    transposed: with weights [C, K], as for the gradient to its input, which needs `onto` where
+    there is a stride.
     """
     batch, _, height, width = x_BCHW.shape
     channels = weight_KC11.shape[1 if transposed else 0]

@@ -9,17 +9,18 @@
 
 namespace {
 
-constexpr int64_t kColumns = 2 * kLanes;  // output channels of a panel
-constexpr int64_t kCacheBytes = 1 << 18;   // a part of a core's second-level cache
+// A tile of sums is kRows pixels x kColumns output channels. More pixels (up to 14 have registers)
+// need more addresses than there are registers for, and were slower.
+constexpr int64_t kRows = kVectorBytes == 64 ? 8 : 6, kColumns = 2 * kLanes;
+constexpr int64_t kCacheBytes = 1 << 18;  // a part of a core's second-level cache
 
 // M pixels x kColumns output channels; a pixel's channels begin `step` after the last one's.
 // panel: [units][kColumns].
 template <class T, int M>
 void multiply_pixels(const typename T::Value* pixels, int64_t step, const typename T::Unit* panel,
                      int64_t units, typename T::Value* out, int64_t out_step, bool add) {
-  constexpr int kGroup = 3;  // pixels an address is kept for: twelve need more than there are
-  const typename T::Value* from[(M + kGroup - 1) / kGroup];
-  for (int m = 0; m < M; m += kGroup) from[m / kGroup] = pixels + m * step;
+  const typename T::Value* from[M];
+  for (int m = 0; m < M; m++) from[m] = pixels + m * step;
   for (int m = 0; m < M; m++) __builtin_prefetch(out + (M + m) * out_step, 1);
   Vector sums[M][2] = {};
   for (int64_t u = 0; u < units; u++) {
@@ -28,12 +29,11 @@ void multiply_pixels(const typename T::Value* pixels, int64_t step, const typena
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       typename T::Unit unit;
-      std::memcpy(&unit, from[m / kGroup] + m % kGroup * step, sizeof unit);
+      std::memcpy(&unit, from[m] + u * T::kValues, sizeof unit);
       const auto repeated = T::repeat(unit);
       sums[m][0] = T::add_product(sums[m][0], repeated, left);
       sums[m][1] = T::add_product(sums[m][1], repeated, right);
     }
-    for (auto& address : from) address += T::kValues;
   }
   for (int m = 0; m < M; m++) {
     typename T::Value* to = out + m * out_step;
@@ -119,12 +119,10 @@ void pointwise(const Convolution& c, bool transposed, bool add, const typename T
   Value* const to = scatters ? dense : output;
   const bool add_at_once = add && !scatters;
   const int64_t pixel_bytes = inputs * sizeof(Value);
-  // Pixels 4 KiB apart share the 8 places of one set of the first-level cache.
-  const int64_t rows = pixel_bytes % 4096 ? kRows : std::min<int64_t>(kRows, 8);
   // A thread takes a block of pixels through all panels. Where those stay in its cache, few pixels,
   // so that its writes lie together; else as many as stay there themselves.
   const int64_t kept = outputs * pixel_bytes > kCacheBytes ? kCacheBytes / 2 / pixel_bytes : 1;
-  const int64_t block = std::max<int64_t>(1, kept / rows) * rows;
+  const int64_t block = std::max<int64_t>(1, kept / kRows) * kRows;
   // What is larger is divided. The same thread has the same images in all layers, so that it finds
   // in its cache what it wrote: dynamic scheduling was slower.
   const bool divide_pixels = pixels >= outputs;
@@ -147,19 +145,19 @@ void pointwise(const Convolution& c, bool transposed, bool add, const typename T
 #pragma omp barrier
     Range own_pixels{0, pixels}, own_panels = to_pack;
     if (divide_pixels) {
-      const Range tiles = share((pixels + rows - 1) / rows, thread, threads);
-      own_pixels = {tiles.begin * rows, std::min(pixels, tiles.end * rows)};
+      const Range tiles = share((pixels + kRows - 1) / kRows, thread, threads);
+      own_pixels = {tiles.begin * kRows, std::min(pixels, tiles.end * kRows)};
       own_panels = {0, panels};
     }
     for (int64_t begin = own_pixels.begin; begin < own_pixels.end; begin += block) {
       const int64_t end = std::min(own_pixels.end, begin + block);
       for (int64_t k = own_panels.begin; k < own_panels.end; k++) {
-        for (int64_t p = begin; p < end; p += rows) {
-          if (block == rows) {
-            prefetch(from + (p + rows) * inputs,
-                     share(rows * pixel_bytes / 64, k - own_panels.begin, own_panels.size()));
+        for (int64_t p = begin; p < end; p += kRows) {
+          if (block == kRows) {
+            prefetch(from + (p + kRows) * inputs,
+                     share(kRows * pixel_bytes / 64, k - own_panels.begin, own_panels.size()));
           }
-          multiply_some_pixels<T, kRows>(std::min(rows, end - p), from + p * inputs, inputs,
+          multiply_some_pixels<T, kRows>(std::min(kRows, end - p), from + p * inputs, inputs,
                                          packed + k * units * kColumns, units,
                                          to + p * outputs + k * kColumns, outputs, add_at_once);
         }

@@ -37,6 +37,7 @@ class Method(nn.Module, abc.ABC):
     """
 
     shuffles_keys = False
+    compiled = False  # compute by kernels; see moco.kernels.choose
 
     @abc.abstractmethod
     def prepare(

@@ -29,7 +29,6 @@ class MoCo(Method):
 
     shuffles_keys = True
     views_enqueued = 1  # keys a step stores for each image
-    compiled = False  # compute the loss by a kernel; see moco.kernels.choose
 
     def __init__(self, *, queue_size: int, temperature: float, fused: bool = False, **encoder):
         super().__init__()

@@ -12,6 +12,7 @@ from torchvision.models import resnet
 from moco.errors import ConfigError
 from moco.kernels import residual
 from moco.kernels.convolution import convolve
+from moco.models.heads import Linear
 from moco.models.norm import choose_norm, groups_of, norm_relu
 
 
@@ -94,7 +95,7 @@ class ResNet(torchvision.models.ResNet):
         self.layer3 = self._make_layer(block, planes[2], layers[2], stride=2)
         self.layer4 = self._make_layer(block, planes[3], layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(planes[3] * block.expansion, num_classes)
+        self.fc = Linear(planes[3] * block.expansion, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
 
+from moco.kernels.convolution import linear
 from moco.models.norm import SyncBatchNorm
+
+
+class Linear(nn.Linear):
+    """torch's, but that it may run compiled in training (`moco.kernels.choose`)."""
+
+    def forward(self, x_BC: torch.Tensor) -> torch.Tensor:
+        return linear(self, x_BC)
 
 
 def replace_by_mlp(encoder: nn.Module) -> None:
@@ -13,7 +22,7 @@ def replace_by_mlp(encoder: nn.Module) -> None:
     State-dict names are the reference's: `fc.0.*` and `fc.2.*`.
     """
     dim = encoder.fc.in_features
-    encoder.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), encoder.fc)
+    encoder.fc = nn.Sequential(Linear(dim, dim), nn.ReLU(), encoder.fc)
 
 
 def mlp_with_norm(

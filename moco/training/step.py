@@ -13,6 +13,7 @@ import torch.nn as nn
 from moco.cfgnode import CfgNode
 from moco.data.augment import to_inputs
 from moco.distributed import ProcessInfo
+from moco.kernels.gradient_norm import total_norm
 from moco.methods import Method, StepOutput
 from moco.seeding import torch_generator
 from moco.training.guard import Evidence, StepGuard
@@ -89,6 +90,8 @@ def train_step(
 def gradient_norm(method: nn.Module) -> torch.Tensor:
     """L2 norm of all gradients together, a scalar on their device; NaN or Inf if one of them is."""
     gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    if method.compiled and all(g.dtype == torch.float32 for g in gradients):
+        return total_norm(gradients)
     return torch.nn.utils.get_total_norm(gradients)
 
 
