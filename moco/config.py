@@ -95,7 +95,7 @@ def get_defaults() -> CfgNode:
             REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next three
             AMP=None,  # bfloat16 autocast; logits, loss and weights stay float32
             CHANNELS_LAST=None,  # memory order of images and convolutions
-            COMPILE=None,  # "eager"; "kernels": batch norm by C++, on a CPU; "torch": torch.compile
+            COMPILE=None,  # "eager"; "kernels": own C++, on a CPU; "torch": torch.compile
         ),
         CHECKPOINT=CfgNode(
             PERIOD=1,  # epochs between checkpoints; the last epoch is always saved

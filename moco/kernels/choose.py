@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn as nn
 
-from moco.kernels.compiler import compile_kernels
+from moco.kernels.compiler import compile_kernels, has_kernel
 from moco.kernels.convolution import suits
 
 
@@ -21,6 +21,8 @@ def use_kernels_(network: nn.Module) -> int:
         for module in network.modules()
         if isinstance(module, nn.BatchNorm2d) or suits(module)
     ]
-    for module in [network] * hasattr(network, "compiled") + layers:
-        module.compiled = True
+    if hasattr(network, "compiled"):
+        network.compiled = has_kernel("info_nce", "info_nce_float32")
+    for layer in layers:
+        layer.compiled = True
     return len(layers)

@@ -46,6 +46,7 @@ def kernel(source: str, name: str, num_pointers: int, *sizes: type) -> ctypes._C
     return function
 
 
+@functools.cache
 def has_kernel(source: str, name: str) -> bool:
     """Whether `source`.cpp has the function on this processor."""
     return hasattr(_compiled()[0][source], name)

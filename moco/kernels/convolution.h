@@ -15,11 +15,11 @@
 #include <cstring>
 #include <memory>
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // with AMX torch's own are faster
+// Kernels exist where they were measured to be faster than torch's; with AMX its own are made for it.
+#define HAS_FLOAT32 (defined(__AVX2__) && defined(__FMA__))
+#define HAS_BFLOAT16 (defined(__AVX512BF16__) && !defined(__AMX_BF16__))
+#if HAS_BFLOAT16
 #include <immintrin.h>
-#define HAS_BFLOAT16 1
-#else
-#define HAS_BFLOAT16 0
 #endif
 
 extern "C" struct Convolution {
@@ -32,10 +32,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int64_t kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int64_t kVectorBytes = 32;
 #else
-constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kVectorBytes = 32;
 #endif
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 constexpr int64_t kLanes = kVectorBytes / sizeof(float);

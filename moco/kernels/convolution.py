@@ -36,9 +36,9 @@ class _Convolution(ctypes.Structure):
 def convolve(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
     """convolution(x), in training by kernels where `use_kernels_` said so and they have them.
 
-    They are for float32, and under autocast for bfloat16 where the processor has it in AVX-512
-    (not AMX, for which torch's own are faster); for multiples of 32 channels, squares, no groups,
-    dilation or bias. The result is channels-last. Gradients to weights are float32 sums.
+    They are for float32 on a processor with AVX2, and under autocast for bfloat16 on one that has
+    it in AVX-512 and no AMX; for multiples of 32 channels, squares, no groups, dilation or bias.
+    The result is channels-last. Gradients to weights are float32 sums.
     """
     if (
         convolution.training
@@ -92,13 +92,12 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
 
 
 def runs(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the kernels have these types."""
+    """Whether the kernels have these types on this machine."""
     if x.device.type != "cpu" or layer.weight.dtype != torch.float32:
         return False
-    if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu") == x.dtype == torch.bfloat16
-        return half and has_kernel("pointwise", "pointwise_bfloat16")
-    return x.dtype == torch.float32
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+    return x.dtype == dtype in _TYPES and has_kernel("pointwise", f"pointwise_{_TYPES[dtype]}")
 
 
 def _is_pointwise(weight_KCRS: torch.Tensor, padding: int) -> bool:

@@ -23,10 +23,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
 #else
-constexpr int kBytes = 16;
+constexpr int kBytes = 32;
 #endif
 typedef float Vector __attribute__((vector_size(kBytes)));
 typedef uint32_t Integers __attribute__((vector_size(kBytes)));
@@ -35,7 +33,7 @@ constexpr int kLanes = kBytes / sizeof(float);
 // Products are summed in a tile of kRows x 2 registers: as many as leave some of the 32 or 16
 // registers for the factors. A block of negatives should stay in the second-level cache, the
 // logits of 2 vectors of queries against it in the first.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__)
 constexpr int kRows = 8;
 #else
 constexpr int kRows = 4;
@@ -162,6 +160,7 @@ struct Part {
 
 }  // namespace
 
+#if defined(__AVX2__) && defined(__FMA__)  // with less, torch's own products are faster
 // q, k, gradient: [queries, dimensions]; negatives: [dimensions, negatives]. The loss is the mean.
 extern "C" void info_nce_float32(const Sizes* sizes, const float* q, const float* k,
                                  const float* negatives, float* loss, float* gradient) {
@@ -223,3 +222,4 @@ extern "C" void info_nce_float32(const Sizes* sizes, const float* q, const float
   for (double value : losses) sum += value;
   *loss = float(sum / s.queries);
 }
+#endif

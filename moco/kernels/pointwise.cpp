@@ -181,10 +181,12 @@ void pointwise(const Convolution& c, bool transposed, bool add, const typename T
 
 extern "C" {
 
+#if HAS_FLOAT32
 void pointwise_float32(const Convolution* c, int64_t transposed, int64_t add, const float* input,
                        const float* weight, float* output) {
   pointwise<Float32>(*c, transposed, add, input, weight, output);
 }
+#endif
 
 #if HAS_BFLOAT16
 void pointwise_bfloat16(const Convolution* c, int64_t transposed, int64_t add, const uint16_t* input,

@@ -265,9 +265,11 @@ void weight_gradient(const Convolution& c, const typename T::Value* x, const typ
 
 extern "C" {
 
+#if HAS_FLOAT32
 void weight_gradient_float32(const Convolution* c, const float* x, const float* dy, float* dw) {
   weight_gradient<Float32>(*c, x, dy, dw);
 }
+#endif
 
 #if HAS_BFLOAT16
 void weight_gradient_bfloat16(const Convolution* c, const uint16_t* x, const uint16_t* dy,

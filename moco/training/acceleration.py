@@ -113,12 +113,12 @@ def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> 
     if device.type != "cpu":
         return _Choice("eager", "TRAIN.COMPILE torch was not measured on a GPU")
     if not _fits_kernels(cfg, channels_last):
-        return _Choice("eager", "kernels are for batch norm of ResNets, channels last")
+        return _Choice("eager", "kernels are for ResNets with batch norm, channels last")
     try:
         seconds = compiler.compile_kernels()
     except ConfigError as error:
         return _Choice("eager", str(error))
-    return _Choice("kernels", f"batch norm for this CPU, compiled in {seconds:.1f} s")
+    return _Choice("kernels", f"for this CPU, compiled in {seconds:.1f} s")
 
 
 def _check_compile(cfg: CfgNode, device: torch.device, channels_last: bool, value: str) -> None:

@@ -23,7 +23,7 @@ def code_digest() -> str:
     """SHA-256 (first 16 hex digits) over the sources of the package `moco`."""
     package = Path(__file__).resolve().parents[1]
     sha = hashlib.sha256()
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".cpp")):
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
         content = path.read_bytes()
         sha.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return sha.hexdigest()[:16]

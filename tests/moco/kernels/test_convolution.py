@@ -6,30 +6,13 @@ import pytest
 import torch
 import torch.nn as nn
 
-from moco.errors import ConfigError
 from moco.kernels import convolution
 from moco.kernels.choose import use_kernels_
-from moco.kernels.compiler import compile_kernels, has_kernel
 from moco.kernels.convolution import convolve
 
 # Of the largest value: outputs and dx are rounded to the type, dweight never is.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 6e-3}
 DWEIGHT_TOLERANCE = 4e-6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    try:
-        compile_kernels()
-    except ConfigError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=TOLERANCE, ids=str)
-def dtype(request):
-    if request.param == torch.bfloat16 and not has_kernel("pointwise", "pointwise_bfloat16"):
-        pytest.skip("no bfloat16 in AVX-512 here, or AMX")
-    return request.param
 
 
 @pytest.fixture

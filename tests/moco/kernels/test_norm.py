@@ -8,20 +8,11 @@ import torch.nn as nn
 
 from moco.errors import ConfigError
 from moco.kernels.choose import use_kernels_
-from moco.kernels.compiler import compile_kernels
 from moco.kernels.convolution import suits
 from moco.models.backbone import build_backbone
 from moco.models.norm import SplitBatchNorm2d, norm_relu
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    try:
-        compile_kernels()
-    except ConfigError as error:
-        pytest.skip(str(error))
 
 
 def make_norm(channels, groups):

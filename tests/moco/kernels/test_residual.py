@@ -5,28 +5,11 @@ import copy
 import pytest
 import torch
 
-from moco.errors import ConfigError
 from moco.kernels import residual
 from moco.kernels.choose import use_kernels_
-from moco.kernels.compiler import compile_kernels, has_kernel
 from moco.models.backbone import build_backbone
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}  # of the norm; ReLUs at a kink flip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    try:
-        compile_kernels()
-    except ConfigError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=TOLERANCE, ids=str)
-def dtype(request):
-    if request.param == torch.bfloat16 and not has_kernel("pointwise", "pointwise_bfloat16"):
-        pytest.skip("no bfloat16 in AVX-512 here, or AMX")
-    return request.param
 
 
 def block(arch, stage, number, bn_splits=1):
