@@ -90,7 +90,7 @@ def train_step(
 def gradient_norm(method: nn.Module) -> torch.Tensor:
     """L2 norm of all gradients together, a scalar on their device; NaN or Inf if one of them is."""
     gradients = [p.grad for p in method.parameters() if p.grad is not None]
-    if method.compiled and all(g.dtype == torch.float32 for g in gradients):
+    if getattr(method, "compiled", False) and all(g.dtype == torch.float32 for g in gradients):
         return total_norm(gradients)
     return torch.nn.utils.get_total_norm(gradients)
 
