@@ -109,7 +109,8 @@ def forward(x_BCHW, weight_KCRS, stride: int, padding: int):
     if _is_pointwise(weight_KCRS, padding):
         return _pointwise(x_BCHW, weight_KCRS, stride), None
     cast = weight_KCRS.to(x_BCHW.dtype)
-    return torch.conv2d(x_BCHW, cast, stride=stride, padding=padding), cast
+    y_BKHW = torch.conv2d(x_BCHW, cast, stride=stride, padding=padding)
+    return y_BKHW.contiguous(memory_format=torch.channels_last), cast
 
 
 def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, cast, stride: int, padding: int, onto=None):
@@ -124,7 +125,9 @@ def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, cast, stride: int, padding: int
         dy_BKHW, x_BCHW, cast, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
         [True, False, False],
     )[0]  # fmt: skip
-    return dx_BCHW if onto is None else onto.add_(dx_BCHW)
+    if onto is None:
+        return dx_BCHW.contiguous(memory_format=torch.channels_last)
+    return onto.add_(dx_BCHW)
 
 
 def weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
