@@ -74,10 +74,10 @@ def _compile(compiler: str, built: dict[Path, Path]) -> None:
     running = [
         _start(compiler, [*command, str(path), str(source)]) for source, path in built.items()
     ]
-    for source, process in zip(built, running, strict=True):
-        said = process.communicate()[1]
+    said = [process.communicate()[1] for process in running]  # all end before the folder does
+    for source, process, text in zip(built, running, said, strict=True):
         if process.returncode:
-            first = (said.strip() or "no message").splitlines()[0]
+            first = (text.strip() or "no message").splitlines()[0]
             raise ConfigError(
                 f"C++ compiler {compiler!r} does not compile {source.name}: {first}; let CXX name "
                 "one that does (C++17 with OpenMP), or set TRAIN.COMPILE eager"

@@ -14,9 +14,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
-// Kernels exist where they were measured to be faster than torch's; with AMX its own are made for it.
-#define HAS_FLOAT32 (defined(__AVX2__) && defined(__FMA__))
+#include "vector.h"
+
+// With AMX torch's own are made for it.
 #define HAS_BFLOAT16 (defined(__AVX512BF16__) && !defined(__AMX_BF16__))
 #if HAS_BFLOAT16
 #include <immintrin.h>
@@ -29,14 +31,6 @@ extern "C" struct Convolution {
 };
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64;
-#else
-constexpr int64_t kVectorBytes = 32;
-#endif
-typedef float Vector __attribute__((vector_size(kVectorBytes)));
-constexpr int64_t kLanes = kVectorBytes / sizeof(float);
 
 inline Vector load(const float* from) {
   Vector vector;
@@ -148,7 +142,11 @@ class Scratch {
     static Kept kept;
     return kept;
   }
-  static void* allocate(size_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); }
+  static void* allocate(size_t bytes) {
+    void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+  }
 
   bool kept_;
   Memory own_{nullptr, &std::free};

@@ -23,4 +23,4 @@ def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     total = ctypes.c_double()
     function = kernel("gradient_norm", "squares_float32", 3, ctypes.c_int64, ctypes.c_int64)
     function(count, torch.get_num_threads(), addresses, sizes, ctypes.byref(total))
-    return torch.tensor(math.sqrt(total.value))
+    return torch.tensor(math.sqrt(total.value), dtype=torch.float32)

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "vector.h"
+
 extern "C" struct Sizes {
   int64_t queries, dimensions, negatives, threads;
   double temperature;
@@ -21,14 +23,7 @@ extern "C" struct Sizes {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#else
-constexpr int kBytes = 32;
-#endif
-typedef float Vector __attribute__((vector_size(kBytes)));
-typedef uint32_t Integers __attribute__((vector_size(kBytes)));
-constexpr int kLanes = kBytes / sizeof(float);
+typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
 
 // Products are summed in a tile of kRows x 2 registers: as many as leave some of the 32 or 16
 // registers for the factors. A block of negatives should stay in the second-level cache, the
@@ -160,7 +155,7 @@ struct Part {
 
 }  // namespace
 
-#if defined(__AVX2__) && defined(__FMA__)  // with less, torch's own products are faster
+#if HAS_FLOAT32  // with less, torch's own products are faster
 // q, k, gradient: [queries, dimensions]; negatives: [dimensions, negatives]. The loss is the mean.
 extern "C" void info_nce_float32(const Sizes* sizes, const float* q, const float* k,
                                  const float* negatives, float* loss, float* gradient) {

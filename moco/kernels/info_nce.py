@@ -35,7 +35,7 @@ def info_nce(
             raise ValueError(
                 f"compiled InfoNCE takes float32 on a CPU, got {tensor.dtype} on {tensor.device}"
             )
-    loss, gradient_BD = torch.empty(()), torch.empty_like(given[0])
+    loss, gradient_BD = given[0].new_empty(()), torch.empty_like(given[0])
     sizes = _Sizes(*q_BD.shape, negatives_DK.shape[1], torch.get_num_threads(), temperature)
     function = kernel("info_nce", "info_nce_float32", 5, ctypes.POINTER(_Sizes))
     function(sizes, *(tensor.data_ptr() for tensor in (*given, loss, gradient_BD)))

@@ -82,7 +82,7 @@ def forward(
             f"{groups} group(s)"
         )
     norm.num_batches_tracked.add_(1)
-    stats = torch.empty(4, groups, channels)
+    stats = torch.empty(4, groups, channels, dtype=torch.float32)
     first, step = stats.data_ptr(), 4 * groups * channels
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     layer = _Layer(

@@ -100,6 +100,17 @@ def test_scales_with_the_gradient_from_above_and_needs_contiguity_of_nobody():
     torch.testing.assert_close(q.grad, 3 * gradient)
 
 
+def test_another_default_type_changes_nothing():
+    args = (*vectors(5, 16, 40), 0.2)
+    expected = compiled_loss(*args)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = compiled_loss(*args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_refuses_other_types_and_gradients_it_has_not():
     q, k, queue = vectors(5, 16, 40, dtype=torch.float64)
     with pytest.raises(ValueError, match="takes float32 on a CPU, got torch.float64"):

@@ -9,6 +9,7 @@ import torch.nn as nn
 from moco.errors import ConfigError
 from moco.kernels.choose import use_kernels_
 from moco.kernels.convolution import suits
+from moco.kernels.gradient_norm import total_norm
 from moco.models.backbone import build_backbone
 from moco.models.norm import SplitBatchNorm2d, norm_relu
 
@@ -185,3 +186,20 @@ def test_other_types_are_refused():
     use_kernels_(norm)
     with pytest.raises(ValueError, match="takes float32, bfloat16 on a CPU, got torch.float64"):
         norm_relu(norm, torch.zeros(2, 4, 3, 3, dtype=torch.float64))
+
+
+def test_another_default_type_changes_nothing():
+    """The kernels write float32, whatever torch makes by default."""
+    x, shortcut, upstream = tensors(torch.float32)
+    norms = [make_norm(37, 1) for _ in range(2)]
+    for norm in norms:
+        use_kernels_(norm)
+    expected = run(norms[0], x, shortcut, upstream, True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run(norms[1], x, shortcut, upstream, True)
+        norm_of_ones = total_norm([torch.ones(16, dtype=torch.float32)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert max(differences(found, expected).values()) == 0
+    assert norm_of_ones == 4 and norm_of_ones.dtype == torch.float32
