@@ -198,14 +198,13 @@ class _Loader(DataLoader):
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
             worker_init_fn=functools.partial(_init_worker, self.board.rows),
-            timeout=self.board.look_s if num_workers else 0,
             prefetch_factor=_PREFETCH_BATCHES if num_workers else None,
             # Without its own generator a loader draws from torch's global one.
             generator=torch.Generator().manual_seed(0),
         )
 
     def __iter__(self) -> Iterator:
-        for batch in self.board.watched(super().__iter__()):
+        for batch in self.board.watched(super().__iter__):
             if isinstance(batch, DataError):
                 raise batch
             yield batch if self.finish is None else self.finish(batch)

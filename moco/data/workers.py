@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
@@ -79,13 +81,10 @@ class Board:
     def __init__(self, num_workers: int, path_of: Callable[[int], str] | None, timeout_s: float):
         self.rows = multiprocessing.RawArray(_Row, num_workers)
         self.path_of, self.timeout_s = path_of, timeout_s
+        self._waits_for: int | None = None  # the number of a batch
+        self._stuck = ""  # what to say of it
         _boards.add(self)
         weakref.finalize(self, _keep_retries, self.rows).atexit = False
-
-    @property
-    def look_s(self) -> float:
-        """Seconds for torch to wait for a batch before it asks what is wrong."""
-        return self.timeout_s / _LOOKS
 
     def in_words(self) -> Iterator[tuple[_Row, str]]:
         for number, row in enumerate(self.rows):
@@ -96,45 +95,57 @@ class Board:
                 at = f"was at {at}"
             yield row, f"worker {number} (process {row.pid}) {at}"
 
-    def watched(self, batches: Iterator) -> Iterator:
-        """The batches of a DataLoader with the timeout `look_s`.
+    def watched(self, start: Callable[[], Iterator]) -> Iterator:
+        """The batches of the iterator that `start` returns once it has started the workers.
 
         Raises: DataError where for `timeout_s` seconds no batch came and no worker got anywhere.
             All of them are killed, since they may never end by themselves.
         """
-        while True:
-            seen, num_looks = None, 0
-            while num_looks < _LOOKS:
+        before = multiprocessing.active_children()
+        batches = start()
+        processes = [one for one in multiprocessing.active_children() if one not in before]
+        ended = threading.Event()
+        # A timeout of torch's own does not do. A batch's tensors are fetched from the worker that
+        # made them, and one stuck in C code, or stopped, answers nobody: next() itself then hangs.
+        watch = threading.Thread(target=self._watch, args=(processes, ended), daemon=True)
+        if processes and self.timeout_s:
+            watch.start()
+        try:
+            for number in itertools.count():
+                self._waits_for = number
                 try:
                     batch = next(batches)
-                    break
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    # torch's iterator stays what it was: its next() waits for the same batch.
-                    if "DataLoader timed out" not in str(error):
+                except Exception:  # torch's of the death, or one of a connection that was cut
+                    if not self._stuck:
                         raise
-                now = [row.num_changes for row in self.rows]
-                num_looks = num_looks + 1 if now == seen else 1
-                seen = now
-            else:
+                    for process in processes:
+                        process.join(_PATIENCE_SECONDS)
+                    raise DataError(self._stuck) from None
+                finally:
+                    self._waits_for = None
+                yield batch
+        finally:
+            ended.set()
+
+    def _watch(self, processes: list[multiprocessing.Process], ended: threading.Event) -> None:
+        """Kill the workers once they are stuck, which wakes whoever waits for them."""
+        seen, num_looks = None, 0
+        while not ended.wait(self.timeout_s / _LOOKS):
+            now = [self._waits_for, *(row.num_changes for row in self.rows)]
+            num_looks = num_looks + 1 if now == seen and self._waits_for is not None else 0
+            seen = now
+            if num_looks == _LOOKS:
                 words = "; ".join(words for _, words in self.in_words())
-                self._kill()
-                raise DataError(
+                self._stuck = (
                     f"training data: no loader worker got any further for {self.timeout_s:g} s: "
                     f"{words}; check the disk or network that the images are on, or raise "
                     "DATA.WORKER_TIMEOUT (seconds; 0 waits for ever)"
                 )
-            yield batch
-
-    def _kill(self) -> None:
-        pids = {row.pid for row in self.rows}
-        for process in multiprocessing.active_children():
-            # torch's handler of SIGCHLD reports their death, which is what is wanted here.
-            with contextlib.suppress(RuntimeError):
-                if process.pid in pids:
+                for process in processes:
                     process.kill()
-                    process.join(_PATIENCE_SECONDS)
+                return
 
 
 def join_board(rows: ctypes.Array, number: int) -> None:

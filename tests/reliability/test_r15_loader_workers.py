@@ -29,6 +29,7 @@ from moco.training.progress import JsonLog
 pytestmark = pytest.mark.faults
 AT, NAME = 5, "05.png"  # the image at which it happens
 TIMEOUT_S, DEADLINE_S = 2, 20
+_pause_s = 0.0  # of the worker at image AT, in the processes where `come_late` set it
 CHANGES = {"KNN__PERIOD": 0, "DATA__NUM_WORKERS": 2, "DATA__WORKER_TIMEOUT": TIMEOUT_S}
 
 
@@ -44,6 +45,7 @@ class Trap(ImageSource):
             time.sleep(1 / 8)
         if index != AT:
             return super().read_bytes(index)
+        time.sleep(_pause_s)
         Path(self.pid_file).write_text(str(os.getpid()))
         if self.act.startswith("EIO"):
             return self._failing(index, 2 if self.act == "EIO twice" else 99)
@@ -153,6 +155,30 @@ FATAL = ("kill", "hang", "stop", "spin", "EIO always")
 @pytest.mark.parametrize("act", FATAL)
 def test_the_image_is_named_in_seconds(act, tmp_path, observed):
     observed("R15", int(names_the_image(tmp_path / "run", act)), 1)
+
+
+def come_late() -> None:
+    """Ask for the first batch when a worker has it ready and is stuck in its next one.
+
+    torch fetches a batch's tensors from the worker that made them, which then answers no more.
+    """
+    global _pause_s
+    watched, _pause_s = workers.Board.watched, 0.5
+
+    def late(board, start):
+        def started():
+            batches = start()
+            time.sleep(1.5)
+            return batches
+
+        return watched(board, started)
+
+    workers.Board.watched = late
+
+
+@pytest.mark.parametrize("act", ["spin", "stop"])
+def test_a_finished_batch_of_a_stuck_worker_holds_nobody(act, tmp_path, observed):
+    observed("R15", int(names_the_image(tmp_path / "run", act, come_late)), 1)
 
 
 def test_it_is_named_too_where_workers_import_everything_anew(tmp_path):
