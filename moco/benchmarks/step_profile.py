@@ -23,7 +23,7 @@ _GROUPS = {
         "kernel: gradient to",
     ),
     "convolution forward": (
-        "_Convolve", "kernel: 1x1 convolution",
+        "_Convolve", "kernel: convolution",
         "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::_convolution",
         "aten::slow_conv2d",
     ),
@@ -50,7 +50,8 @@ _GROUPS = {
 _KERNELS = (  # module, its function, the name the profiler is told
     (norm, "forward", "norm"),
     (norm, "backward", "norm"),
-    (convolution, "_pointwise", "1x1 convolution"),
+    (convolution, "forward", "convolution"),
+    (convolution, "input_gradient", "gradient to an input"),
     (convolution, "weight_gradient", "gradient to weights"),
     (fused, "info_nce", "InfoNCE"),
     (step, "total_norm", "gradient norm"),
@@ -91,8 +92,7 @@ def _recorded(function: Callable, name: str) -> Callable:
     """Kernels are called past torch's dispatcher, so the profiler must be told."""
 
     def recorded(*args, **options):
-        of_input = options.get("transposed", False)
-        with record_function(f"kernel: {'gradient to an input' if of_input else name}"):
+        with record_function(f"kernel: {name}"):
             return function(*args, **options)
 
     return recorded

@@ -54,8 +54,12 @@ struct Float32 {
     store(to, left);
     store(to + kLanes, right);
   }
-  // Units of values that lie behind each other.
-  static void adjacent(const float* from, Unit* to, int64_t num) { std::copy_n(from, num, to); }
+  // kLanes rows, which begin `step` apart, of kLanes units as columns.
+  static void transposed(const float* from, int64_t step, Unit* to, int64_t to_step) {
+    for (int64_t u = 0; u < kLanes; u++) {
+      for (int64_t row = 0; row < kLanes; row++) to[u * to_step + row] = from[row * step + u];
+    }
+  }
   // Units of values that lie `step` apart.
   static void stacked(const float* from, int64_t, Unit* to, int64_t num) {
     std::copy_n(from, num, to);
@@ -85,10 +89,31 @@ struct Bfloat16 {
   static void store_values(Value* to, Vector left, Vector right) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
   }
-  static void adjacent(const float* from, Unit* to, int64_t num) {
-    for (int64_t i = 0; i < num; i += kLanes) {
-      const __m512 first = _mm512_loadu_ps(from + 2 * i), second = _mm512_loadu_ps(from + 2 * i + 16);
-      _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  static void transposed(const float* from, int64_t step, Unit* to, int64_t to_step) {
+    __m512i a[16], b[16];
+    for (int64_t row = 0; row < 16; row++, from += step) {
+      const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
+      a[row] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    }
+    for (int64_t i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int64_t i = 0; i < 16; i += 4) {  // in a[i + j] the units j, 4 + j, 8 + j, 12 + j of 4 rows
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int64_t j = 0; j < 4; j++) {
+      const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+      const __m512i odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+      const __m512i more_even = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+      const __m512i more_odd = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+      _mm512_storeu_si512(to + j * to_step, _mm512_shuffle_i32x4(even, more_even, 0x88));
+      _mm512_storeu_si512(to + (4 + j) * to_step, _mm512_shuffle_i32x4(odd, more_odd, 0x88));
+      _mm512_storeu_si512(to + (8 + j) * to_step, _mm512_shuffle_i32x4(even, more_even, 0xdd));
+      _mm512_storeu_si512(to + (12 + j) * to_step, _mm512_shuffle_i32x4(odd, more_odd, 0xdd));
     }
   }
   static void stacked(const float* from, int64_t step, Unit* to, int64_t num) {

@@ -2,7 +2,7 @@
 
 A training step changes all weights, so torch casts them to bfloat16 and oneDNN reorders them in
 each call; and oneDNN's gradients to weights run at half of a matrix product's speed.
-`pointwise.cpp` rounds and packs float32 weights in one pass, `weight_gradient.cpp` gives float32
+`convolution.cpp` rounds and packs float32 weights in one pass, `weight_gradient.cpp` gives float32
 gradients that were never rounded. Figures: docs/PERFORMANCE.md.
 """
 
@@ -49,13 +49,12 @@ def convolve(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
         stride, padding = convolution.stride[0], convolution.padding[0]
         if torch.is_grad_enabled():
             return _Convolve.apply(x_BCHW, convolution.weight, stride, padding)
-        if _is_pointwise(convolution.weight, padding):
-            return _pointwise(x_BCHW, convolution.weight, stride)
+        return forward(x_BCHW, convolution.weight, stride, padding)
     return convolution(x_BCHW)
 
 
 def linear(layer: nn.Linear, x_BC: torch.Tensor) -> torch.Tensor:
-    """layer(x), in training by the 1x1 convolution's kernels on the same terms as `convolve`."""
+    """layer(x), in training as a 1x1 convolution on the same terms as `convolve`."""
     chosen = layer.training and getattr(layer, "compiled", False)
     if not (chosen and runs(layer, x_BC)):
         return F.linear(x_BC, layer.weight, layer.bias)
@@ -64,7 +63,7 @@ def linear(layer: nn.Linear, x_BC: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         y_BK = _Convolve.apply(pixels, weight, 1, 0)[:, :, 0, 0]
     else:
-        y_BK = _pointwise(pixels, weight, 1)[:, :, 0, 0]
+        y_BK = forward(pixels, weight, 1, 0)[:, :, 0, 0]
     return y_BK if layer.bias is None else y_BK + layer.bias.to(y_BK.dtype)
 
 
@@ -97,37 +96,33 @@ def runs(layer: nn.Module, x: torch.Tensor) -> bool:
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
-    return x.dtype == dtype in _TYPES and has_kernel("pointwise", f"pointwise_{_TYPES[dtype]}")
+    return x.dtype == dtype in _TYPES and has_kernel("convolution", f"convolution_{_TYPES[dtype]}")
 
 
-def _is_pointwise(weight_KCRS: torch.Tensor, padding: int) -> bool:
-    return weight_KCRS.shape[2] == 1 and padding == 0
+def forward(x_BCHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
+    """The convolution."""
+    batch, _, *sizes = x_BCHW.shape
+    channels, kernel_size = weight_KCRS.shape[0], weight_KCRS.shape[2]
+    height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in sizes)
+    y_BKHW = torch.empty(
+        (batch, channels, height, width), dtype=x_BCHW.dtype, memory_format=torch.channels_last
+    )
+    layer = _describe(x_BCHW, y_BKHW, kernel_size, stride, padding)
+    _call("convolution", x_BCHW, (layer, False, False), x_BCHW, _in_order(weight_KCRS), y_BKHW)
+    return y_BKHW
 
 
-def forward(x_BCHW, weight_KCRS, stride: int, padding: int):
-    """The convolution, and what `input_gradient` needs of the weights."""
-    if _is_pointwise(weight_KCRS, padding):
-        return _pointwise(x_BCHW, weight_KCRS, stride), None
-    cast = weight_KCRS.to(x_BCHW.dtype)
-    y_BKHW = torch.conv2d(x_BCHW, cast, stride=stride, padding=padding)
-    return y_BKHW.contiguous(memory_format=torch.channels_last), cast
+def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int, onto=None):
+    """The gradient to x, added to `onto` where that is given."""
+    dx_BCHW = torch.empty_like(x_BCHW) if onto is None else onto
+    layer = _describe(dy_BKHW, dx_BCHW, weight_KCRS.shape[2], stride, padding)
+    sizes = layer, True, onto is not None
+    _call("convolution", x_BCHW, sizes, dy_BKHW, _in_order(weight_KCRS), dx_BCHW)
+    return dx_BCHW
 
 
-def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, cast, stride: int, padding: int, onto=None):
-    """The gradient to x, added to `onto` where that is given.
-
-    cast: of `forward`.
-    """
-    if cast is None and (stride == 1 or onto is not None):
-        return _pointwise(dy_BKHW, weight_KCRS, stride, transposed=True, onto=onto)
-    cast = weight_KCRS.to(x_BCHW.dtype) if cast is None else cast
-    dx_BCHW = torch.ops.aten.convolution_backward(
-        dy_BKHW, x_BCHW, cast, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
-        [True, False, False],
-    )[0]  # fmt: skip
-    if onto is None:
-        return dx_BCHW.contiguous(memory_format=torch.channels_last)
-    return onto.add_(dx_BCHW)
+def _in_order(weight_KCRS: torch.Tensor) -> torch.Tensor:
+    return weight_KCRS.contiguous(memory_format=torch.channels_last)
 
 
 def weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
@@ -142,46 +137,24 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
         ctx.geometry = stride, padding
-        y, cast = forward(x, weight, stride, padding)
-        ctx.save_for_backward(x, weight, cast)
-        return y
+        ctx.save_for_backward(x, weight)
+        return forward(x, weight, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, cast = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = input_gradient(x, dy, weight, cast, *ctx.geometry)
+            dx = input_gradient(x, dy, weight, *ctx.geometry)
         if ctx.needs_input_grad[1]:
             dweight = weight_gradient(x, dy, weight, *ctx.geometry)
         return dx, dweight, None, None
 
 
-def _pointwise(
-    x_BCHW, weight_KC11, stride: int, *, transposed: bool = False, onto=None
-) -> torch.Tensor:
-    """The 1x1 convolution, added to `onto` where that is given.
-
-    transposed: with weights [C, K], as for the gradient to its input, which needs `onto` where
-    there is a stride.
-    """
-    batch, _, height, width = x_BCHW.shape
-    channels = weight_KC11.shape[1 if transposed else 0]
-    y_BKHW = onto
-    if onto is None:
-        y_BKHW = torch.empty(
-            (batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1),
-            dtype=x_BCHW.dtype, memory_format=torch.channels_last,
-        )  # fmt: skip
-    sizes = _describe(x_BCHW, y_BKHW, 1, stride, 0), transposed, onto is not None
-    _call("pointwise", x_BCHW, sizes, x_BCHW, weight_KC11.contiguous(), y_BKHW)
-    return y_BKHW
-
-
-def _describe(x, dy, kernel_size: int, stride: int, padding: int) -> _Convolution:
-    (images, *inputs), (_, *outputs) = x.shape, dy.shape
+def _describe(x, y, kernel_size: int, stride: int, padding: int) -> _Convolution:
+    (images, *inputs), (_, *outputs) = x.shape, y.shape
     return _Convolution(
         images, *inputs, *outputs, kernel_size, stride, padding, torch.get_num_threads()
     )

@@ -80,7 +80,7 @@ class _Residual(torch.autograd.Function):
             last = layer is layers[-1]
             inner = runs[-1].normalise(relu=True, shortcut=identity if last else None)
         ctx.has_downsample, ctx.runs = downsample is not None, runs
-        tensors = [t for run in runs for t in (run.x, run.y, run.cast, *run.layer.parameters)]
+        tensors = [t for run in runs for t in (run.x, run.y, *run.layer.parameters)]
         ctx.save_for_backward(inner, *tensors)
         for run in runs:  # autograd keeps the tensors, and frees them in time
             run.release()
@@ -92,7 +92,7 @@ class _Residual(torch.autograd.Function):
         out, *tensors = ctx.saved_tensors
         runs = ctx.runs
         for number, run in enumerate(runs):
-            run.x, run.y, run.cast = tensors[6 * number : 6 * number + 3]
+            run.x, run.y = tensors[5 * number : 5 * number + 2]
         shortcut, *main = runs if ctx.has_downsample else (None, *runs)
         dout = dout.contiguous(memory_format=torch.channels_last)
         # `dout` may be another's too; what is made here is nobody else's, and overwritten.
@@ -121,7 +121,7 @@ class _Run:
 
     def __init__(self, layer: _Layer, x: torch.Tensor):
         self.layer, self.x = layer, x
-        self.y, self.cast = convolution.forward(x, layer.convolution.weight, *layer.geometry)
+        self.y = convolution.forward(x, layer.convolution.weight, *layer.geometry)
 
     def normalise(self, *, relu: bool, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         out = torch.empty_like(self.y)
@@ -140,13 +140,11 @@ class _Run:
 
     def input_gradient(self, dy, onto: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.layer.convolution.weight
-        return convolution.input_gradient(
-            self.x, dy, weight, self.cast, *self.layer.geometry, onto=onto
-        )
+        return convolution.input_gradient(self.x, dy, weight, *self.layer.geometry, onto=onto)
 
     @property
     def gradients(self) -> tuple[torch.Tensor, ...]:
         return self.dweight, self.dscale, self.dshift
 
     def release(self) -> None:
-        self.x = self.y = self.cast = self.dweight = self.dscale = self.dshift = None
+        self.x = self.y = self.dweight = self.dscale = self.dshift = None

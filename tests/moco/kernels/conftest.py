@@ -19,6 +19,6 @@ def compiled():
 def dtype(request):
     """Types of the convolutions' kernels."""
     name = str(request.param).removeprefix("torch.")
-    if not has_kernel("pointwise", f"pointwise_{name}"):
+    if not has_kernel("convolution", f"convolution_{name}"):
         pytest.skip(f"convolutions have no kernels for {name} on this processor")
     return request.param
