@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from moco.contrast import fused
-from moco.kernels import convolution, norm
+from moco.kernels import convolution, norm, residual
+from moco.models import momentum
 from moco.training import step
 
 REST = "rest"
@@ -38,7 +39,7 @@ _GROUPS = {
         "aten::_log_softmax", "aten::log_softmax", "aten::nll", "aten::topk", "aten::exp",
         "aten::amax", "aten::cat",
     ),
-    "moving average, one pass": ("aten::lerp", "aten::_foreach_lerp"),
+    "moving average, one pass": ("kernel: moving", "aten::lerp", "aten::_foreach_lerp"),
     "optimizer, one pass": ("aten::_fused_sgd", "aten::_fused_adam", "Optimizer.step"),
     "additions and multiplications (shortcuts; average and optimizer where they have no pass)": (
         "aten::add", "aten::mul", "aten::sub", "aten::div", "aten::_foreach",
@@ -55,6 +56,7 @@ _KERNELS = (  # module, its function, the name the profiler is told
     (convolution, "weight_gradient", "gradient to weights"),
     (fused, "info_nce", "InfoNCE"),
     (step, "total_norm", "gradient norm"),
+    (momentum, "move_", "moving average"),
 )
 
 
@@ -75,6 +77,7 @@ def profile(work: Callable[[], None], device: torch.device) -> dict[str, float]:
             recorded = _recorded(getattr(module, function), name)
             stack.enter_context(mock.patch.object(module, function, recorded))
         profiler = stack.enter_context(torch_profile(activities=activities))
+        before = residual.seconds()
         started = time.perf_counter()
         work()
         total = time.perf_counter() - started
@@ -84,6 +87,9 @@ def profile(work: Callable[[], None], device: torch.device) -> dict[str, float]:
         group = group_of(event.key)
         if group != REST:
             groups[group] = groups.get(group, 0.0) + own / 1e6
+    for name, seconds in residual.seconds().items():
+        group = group_of(f"kernel: {name}")
+        groups[group] = groups.get(group, 0.0) + seconds - before.get(name, 0.0)
     groups[REST] = max(0.0, total - sum(groups.values()))
     return dict(sorted(groups.items(), key=lambda item: -item[1]))
 

@@ -6,7 +6,7 @@
 // kept in double across blocks of rows, and of differences to the group's first pixel, so that a
 // large mean takes no digits from a small variance.
 //
-// moco/kernels/norm.py calls this file; `Layer` there has the same fields.
+// moco/kernels/norm.py and residual.cpp call this file.
 
 #include <omp.h>
 
@@ -16,14 +16,7 @@
 #include <cstring>
 #include <vector>
 
-extern "C" struct Layer {
-  int64_t images, pixels, channels, groups;  // pixels of one image
-  int64_t threads, relu;
-  double eps, momentum;
-  const float *weight, *bias;          // [channels]
-  float *running_mean, *running_var;   // [channels]
-  float *mean, *var, *scale, *shift;   // [groups, channels]: output = scale * input + shift
-};
+#include "batch_norm.h"
 
 namespace {
 
@@ -56,7 +49,7 @@ constexpr int64_t kRowsPerBlock = 256;
 
 // Calls work(thread, group, first row, end row) for blocks of rows that lie within an image.
 template <class Work>
-void for_blocks(const Layer& l, Work work) {
+void for_blocks(const Norm& l, Work work) {
 #pragma omp parallel num_threads(l.threads)
   {
     const int64_t rows = l.images * l.pixels, thread = omp_get_thread_num();
@@ -75,7 +68,7 @@ void for_blocks(const Layer& l, Work work) {
 // Two sums for each group and channel, gathered by the threads of `for_blocks`.
 class Sums {
  public:
-  explicit Sums(const Layer& l)
+  explicit Sums(const Norm& l)
       : channels_(l.channels),
         size_(l.groups * l.channels),
         threads_(l.threads),
@@ -135,10 +128,10 @@ void sum_rows(int64_t channels, int64_t begin, int64_t end, float* first, float*
   }
 }
 
-double values_per_group(const Layer& l) { return double(l.images / l.groups) * l.pixels; }
+double values_per_group(const Norm& l) { return double(l.images / l.groups) * l.pixels; }
 
 template <class T>
-void measure(const Layer& l, const T* x) {
+void measure(const Norm& l, const T* x) {
   const int64_t C = l.channels;
   std::vector<float> first(l.groups * C);
   for (int64_t g = 0; g < l.groups; g++)
@@ -168,7 +161,7 @@ void measure(const Layer& l, const T* x) {
 }
 
 // The running statistics move towards the mean of the groups', with the unbiased variance.
-void track(const Layer& l) {
+void track(const Norm& l) {
   const double n = values_per_group(l), unbiased = n / (n - 1.0) / l.groups;
   for (int64_t c = 0; c < l.channels; c++) {
     double mean = 0.0, var = 0.0;
@@ -183,7 +176,7 @@ void track(const Layer& l) {
 
 // y may be x.
 template <class T>
-void normalise(const Layer& l, const T* x, const T* shortcut, T* y) {
+void normalise(const Norm& l, const T* x, const T* shortcut, T* y) {
   const int64_t C = l.channels;
   const float lowest = l.relu ? 0.0f : -INFINITY;
   for_blocks(l, [&](int64_t, int64_t group, int64_t begin, int64_t end) {
@@ -210,9 +203,10 @@ void normalise(const Layer& l, const T* x, const T* shortcut, T* y) {
 }
 
 template <class T>
-void forward(const Layer& l, const T* x, const T* shortcut, T* y) {
+void forward(const Norm& l, const T* x, const T* shortcut, T* y) {
   measure(l, x);
   track(l);
+  ++*l.tracked;
   normalise(l, x, shortcut, y);
 }
 
@@ -226,7 +220,7 @@ struct Open {
 };
 
 template <class Passes, class T>
-void sum_gradients(const Layer& l, const T* x, const T* dy, Sums& sums) {
+void sum_gradients(const Norm& l, const T* x, const T* dy, Sums& sums) {
   const int64_t C = l.channels;
   for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
     float *sum = sums.block(thread), *products = sum + C;
@@ -245,7 +239,7 @@ void sum_gradients(const Layer& l, const T* x, const T* dy, Sums& sums) {
 // With a shortcut the output y tells what passed; the gated gradient is the shortcut's own. Four
 // tensors at once are best read row by row: in tiles their lines would displace each other.
 template <class T>
-void sum_gated_gradients(const Layer& l, const T* x, const T* y, const T* dy, T* gated,
+void sum_gated_gradients(const Norm& l, const T* x, const T* y, const T* dy, T* gated,
                          Sums& sums) {
   const int64_t C = l.channels;
   for_blocks(l, [&](int64_t thread, int64_t group, int64_t begin, int64_t end) {
@@ -268,7 +262,7 @@ void sum_gated_gradients(const Layer& l, const T* x, const T* y, const T* dy, T*
 
 // dx = scale * (g - mean(g) - (x - mean) * mean(g * (x - mean)) / (var + eps)), g behind the gate.
 template <class Passes, class T>
-void input_gradient(const Layer& l, const T* x, const T* dy, const float* slope,
+void input_gradient(const Norm& l, const T* x, const T* dy, const float* slope,
                     const float* constant, T* dx) {
   const int64_t C = l.channels;
   for_blocks(l, [&](int64_t, int64_t group, int64_t begin, int64_t end) {
@@ -289,7 +283,7 @@ void input_gradient(const Layer& l, const T* x, const T* dy, const float* slope,
 
 // y, gated: where a shortcut was added before the ReLU; else null. dweight, dbias: [channels].
 template <class T>
-void backward(const Layer& l, const T* x, const T* y, const T* dy, T* dx, T* gated,
+void backward(const Norm& l, const T* x, const T* y, const T* dy, T* dx, T* gated,
               float* dweight, float* dbias) {
   Sums sums(l);
   if (gated) {
@@ -329,21 +323,27 @@ void backward(const Layer& l, const T* x, const T* y, const T* dy, T* dx, T* gat
 
 extern "C" {
 
-void forward_float32(const Layer* l, const float* x, const float* shortcut, float* y) {
-  forward(*l, x, shortcut, y);
+void forward_float32(const Norm* l, const void* x, const void* shortcut, void* y) {
+  forward(*l, static_cast<const float*>(x), static_cast<const float*>(shortcut),
+          static_cast<float*>(y));
 }
 
-void forward_bfloat16(const Layer* l, const bfloat16* x, const bfloat16* shortcut, bfloat16* y) {
-  forward(*l, x, shortcut, y);
+void forward_bfloat16(const Norm* l, const void* x, const void* shortcut, void* y) {
+  forward(*l, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(shortcut),
+          static_cast<bfloat16*>(y));
 }
 
-void backward_float32(const Layer* l, const float* x, const float* y, const float* dy, float* dx,
-                      float* gated, float* dweight, float* dbias) {
-  backward(*l, x, y, dy, dx, gated, dweight, dbias);
+void backward_float32(const Norm* l, const void* x, const void* y, const void* dy, void* dx,
+                      void* gated, float* dweight, float* dbias) {
+  backward(*l, static_cast<const float*>(x), static_cast<const float*>(y),
+           static_cast<const float*>(dy), static_cast<float*>(dx), static_cast<float*>(gated),
+           dweight, dbias);
 }
 
-void backward_bfloat16(const Layer* l, const bfloat16* x, const bfloat16* y, const bfloat16* dy,
-                       bfloat16* dx, bfloat16* gated, float* dweight, float* dbias) {
-  backward(*l, x, y, dy, dx, gated, dweight, dbias);
+void backward_bfloat16(const Norm* l, const void* x, const void* y, const void* dy, void* dx,
+                       void* gated, float* dweight, float* dbias) {
+  backward(*l, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(y),
+           static_cast<const bfloat16*>(dy), static_cast<bfloat16*>(dx),
+           static_cast<bfloat16*>(gated), dweight, dbias);
 }
 }

@@ -40,16 +40,26 @@ def kernel(source: str, name: str, num_pointers: int, *sizes: type) -> ctypes._C
 
     Raises: ConfigError as `compile_kernels`.
     """
-    function = _compiled()[0][source][name]
+    function = library(source)[name]
     function.argtypes = [*sizes, *[ctypes.c_void_p] * num_pointers]
     function.restype = None
     return function
 
 
+def is_compiled() -> bool:
+    """Whether this process has the kernels."""
+    return _compiled.cache_info().currsize > 0
+
+
+def library(source: str) -> ctypes.CDLL:
+    """All of `source`.cpp. Raises: ConfigError as `compile_kernels`."""
+    return _compiled()[0][source]
+
+
 @functools.cache
 def has_kernel(source: str, name: str) -> bool:
     """Whether `source`.cpp has the function on this processor."""
-    return hasattr(_compiled()[0][source], name)
+    return hasattr(library(source), name)
 
 
 @functools.cache

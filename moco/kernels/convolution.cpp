@@ -4,7 +4,7 @@
 //
 // The weights are rounded and packed in one pass; pixels are read where they lie.
 //
-// moco/kernels/convolution.py calls this file.
+// moco/kernels/convolution.py and residual.cpp call this file.
 
 #include <vector>
 
@@ -343,16 +343,20 @@ class Product {
 extern "C" {
 
 #if HAS_FLOAT32
-void convolution_float32(const Convolution* c, int64_t transposed, int64_t add, const float* input,
-                         const float* weight, float* output) {
-  Product<Float32>(*c, transposed, add, input, weight, output).compute();
+void convolution_float32(const Convolution* c, int64_t transposed, int64_t add, const void* input,
+                         const float* weight, void* output) {
+  Product<Float32>(*c, transposed, add, static_cast<const float*>(input), weight,
+                   static_cast<float*>(output))
+      .compute();
 }
 #endif
 
 #if HAS_BFLOAT16
-void convolution_bfloat16(const Convolution* c, int64_t transposed, int64_t add,
-                          const uint16_t* input, const float* weight, uint16_t* output) {
-  Product<Bfloat16>(*c, transposed, add, input, weight, output).compute();
+void convolution_bfloat16(const Convolution* c, int64_t transposed, int64_t add, const void* input,
+                          const float* weight, void* output) {
+  Product<Bfloat16>(*c, transposed, add, static_cast<const uint16_t*>(input), weight,
+                    static_cast<uint16_t*>(output))
+      .compute();
 }
 #endif
 }

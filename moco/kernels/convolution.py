@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from moco.kernels.compiler import has_kernel, kernel
 
-_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _CHANNELS = 32  # the kernels take multiples of it
 
 
-class _Convolution(ctypes.Structure):
+class Convolution(ctypes.Structure):
     """`Convolution` of convolution.h."""
 
     _fields_ = [
@@ -96,7 +96,7 @@ def runs(layer: nn.Module, x: torch.Tensor) -> bool:
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
-    return x.dtype == dtype in _TYPES and has_kernel("convolution", f"convolution_{_TYPES[dtype]}")
+    return x.dtype == dtype in TYPES and has_kernel("convolution", f"convolution_{TYPES[dtype]}")
 
 
 def forward(x_BCHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
@@ -153,14 +153,14 @@ class _Convolve(torch.autograd.Function):
         return dx, dweight, None, None
 
 
-def _describe(x, y, kernel_size: int, stride: int, padding: int) -> _Convolution:
+def _describe(x, y, kernel_size: int, stride: int, padding: int) -> Convolution:
     (images, *inputs), (_, *outputs) = x.shape, y.shape
-    return _Convolution(
+    return Convolution(
         images, *inputs, *outputs, kernel_size, stride, padding, torch.get_num_threads()
     )
 
 
 def _call(name: str, x: torch.Tensor, sizes: tuple, *tensors: torch.Tensor) -> None:
-    types = ctypes.POINTER(_Convolution), *[ctypes.c_int64] * (len(sizes) - 1)
-    function = kernel(name, f"{name}_{_TYPES[x.dtype]}", len(tensors), *types)
+    types = ctypes.POINTER(Convolution), *[ctypes.c_int64] * (len(sizes) - 1)
+    function = kernel(name, f"{name}_{TYPES[x.dtype]}", len(tensors), *types)
     function(*sizes, *(tensor.data_ptr() for tensor in tensors))

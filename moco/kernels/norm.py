@@ -7,6 +7,7 @@ one after the other. `batch_norm.cpp` joins them.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +19,20 @@ from moco.kernels.compiler import kernel
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-class _Layer(ctypes.Structure):
-    """`Layer` of batch_norm.cpp."""
+class _Norm(ctypes.Structure):
+    """`Norm` of batch_norm.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "groups")),
         *((name, ctypes.c_int64) for name in ("threads", "relu")),
         *((name, ctypes.c_double) for name in ("eps", "momentum")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var")),
+        ("tracked", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("mean", "var", "scale", "shift")),
     ]
 
 
-_POINTER = ctypes.POINTER(_Layer)
+_POINTER = ctypes.POINTER(_Norm)
 
 
 def norm_relu(
@@ -63,11 +65,21 @@ def norm_relu(
     return forward(norm, x_BCHW, groups, relu, shortcut_BCHW, out=x_BCHW)[0]
 
 
+def check_values(shape: Sequence[int], groups: int) -> None:
+    """Raises: ValueError for one value a channel and group, as torch."""
+    batch, _, height, width = shape
+    if batch // groups * height * width < 2:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got {list(shape)} in "
+            f"{groups} group(s)"
+        )
+
+
 @dataclass(frozen=True)
 class Saved:
     """What the backward pass needs besides tensors; `layer` points into `stats`."""
 
-    layer: _Layer
+    layer: _Norm
     stats_4GC: torch.Tensor
 
 
@@ -76,16 +88,13 @@ def forward(
 ) -> tuple[torch.Tensor, Saved]:
     """`norm_relu` of channels-last tensors into `out`, which may be x."""
     batch, channels, height, width = x_BCHW.shape
-    if batch // groups * height * width < 2:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got {list(x_BCHW.shape)} in "
-            f"{groups} group(s)"
-        )
-    norm.num_batches_tracked.add_(1)
+    check_values(x_BCHW.shape, groups)
     stats = torch.empty(4, groups, channels, dtype=torch.float32)
     first, step = stats.data_ptr(), 4 * groups * channels
-    parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    layer = _Layer(
+    parameters = (
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
+    )  # fmt: skip
+    layer = _Norm(
         batch, height * width, channels, groups, torch.get_num_threads(), relu, norm.eps,
         norm.momentum, *map(_address, parameters), *range(first, first + 4 * step, step),
     )  # fmt: skip

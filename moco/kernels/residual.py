@@ -1,48 +1,38 @@
-"""A residual block for training on a CPU as one function of autograd.
+"""A residual block for training on a CPU as one function, of autograd too.
 
-The gradients of the block's two branches are added where the last of them is made, gradients that
-nobody else sees are overwritten, and autograd is asked once a block instead of once a layer.
+Gradients of the block's two branches are added where the last of them is made, gradients that
+nobody else sees are overwritten, and Python and autograd are asked once a block instead of once a
+layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from moco.kernels import convolution, norm
-from moco.kernels.convolution import runs as kernel_runs
-
-
-@dataclass(frozen=True)
-class _Layer:
-    convolution: nn.Conv2d
-    norm: nn.BatchNorm2d
-    groups: int
-
-    @property
-    def parameters(self) -> tuple[torch.Tensor, ...]:
-        return self.convolution.weight, self.norm.weight, self.norm.bias
-
-    @property
-    def geometry(self) -> tuple[int, int]:
-        """Stride and padding."""
-        return self.convolution.stride[0], self.convolution.padding[0]
-
+from moco.kernels.compiler import is_compiled, kernel, library
+from moco.kernels.convolution import TYPES, Convolution, runs
+from moco.kernels.norm import check_values
 
 Pair = Sequence[nn.Module]  # a convolution and its norm
+_ALIGNMENT = 64  # bytes, of a cache line
 
 
 def has_kernels(pairs: Sequence[Pair], x_BCHW: torch.Tensor) -> bool:
-    """Whether `residual` can be asked for: all layers compiled, in training, with gradient."""
-    return torch.is_grad_enabled() and all(
+    """Whether `residual` can be asked for: all layers are compiled and in training."""
+    return all(
         norm.training
         and getattr(norm, "compiled", False)
         and getattr(convolution, "compiled", False)
-        and kernel_runs(convolution, x_BCHW)
+        and runs(convolution, x_BCHW)
         for convolution, norm in pairs
     )
 
@@ -58,93 +48,209 @@ def residual(
         groups: image i is normalised in group i % groups.
     Raises: ValueError as `norm.norm_relu`.
     """
-    layers = [_Layer(*pair, groups) for pair in pairs]
-    shortcut = None if downsample is None else _Layer(*downsample, groups)
-    parameters = [
-        p for layer in [*layers, *([shortcut] if shortcut else [])] for p in layer.parameters
-    ]
+    layers = [*pairs, *([downsample] if downsample else [])]
+    geometry = tuple(
+        (*convolution.weight.shape[::2], convolution.stride[0], convolution.padding[0])
+        for convolution, _ in layers
+    )
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-    return _Residual.apply(layers, shortcut, x_BCHW, *parameters)
+    plan = _plan(
+        x_BCHW.shape, x_BCHW.dtype, geometry, downsample is not None, groups,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    norms = [norm for _, norm in layers]
+    parameters = [p for conv, norm in layers for p in (conv.weight, norm.weight, norm.bias)]
+    if torch.is_grad_enabled():
+        return _Residual.apply(plan, norms, x_BCHW, *parameters)
+    return _forward(plan, norms, x_BCHW, parameters, keep=False)[0]
+
+
+def seconds() -> dict[str, float]:
+    """What the kernels of all blocks of this process took so far, by what they compute; nothing
+    before they are compiled."""
+    if not is_compiled():
+        return {}
+    names = "convolution", "norm", "gradient to an input", "gradient to weights"
+    values = (ctypes.c_double * len(names)).in_dll(library("residual"), "residual_seconds")
+    return dict(zip(names, values, strict=True))
+
+
+class _Kernels(ctypes.Structure):
+    """`Kernels` of residual.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("convolution", "weight_gradient", "norm_forward", "norm_backward")
+    ]
+
+
+class _Block(ctypes.Structure):
+    """`Block` of residual.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "has_downsample", "groups")),
+        ("convolutions", ctypes.POINTER(Convolution)),
+        ("kernels", _Kernels),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of residual.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("eps", "momentum")),
+        *((name, ctypes.c_void_p) for name in ("kernel", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "tracked")),
+        *((name, ctypes.c_void_p) for name in ("convolved", "normalised", "stats")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    """`Gradients` of residual.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("kernel", "weight", "bias", "convolved")]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is the same in all steps. Offsets are bytes in the buffer of a step."""
+
+    block: _Block
+    out_shape: Sequence[int]
+    stats: Sequence[int]  # offsets, of each layer
+    inner: Sequence[int]  # of what each layer but the last one computes
+    kept: Sequence[int]  # of what the backward pass reads besides; in the end of the buffer
+    size: int
+    size_without_kept: int
+    gradients: Sequence[int]  # in a buffer of the backward pass
+    gradients_size: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    x_shape: torch.Size,
+    dtype: torch.dtype,
+    geometry: tuple[tuple[int, int, int, int], ...],
+    has_downsample: bool,
+    groups: int,
+    threads: int,
+) -> _Plan:
+    """geometry: of each layer (outputs, kernel size, stride, padding); last is the downsample's."""
+    num_layers = len(geometry) - has_downsample
+    convolutions, shapes, inputs = [], [], x_shape
+    for number, (channels, kernel_size, stride, padding) in enumerate(geometry):
+        batch, *sizes = x_shape if number == num_layers else inputs
+        outputs = [(n + 2 * padding - kernel_size) // stride + 1 for n in sizes[1:]]
+        inputs = (batch, channels, *outputs)
+        check_values(inputs, groups)
+        shapes.append(inputs)
+        convolutions.append(
+            Convolution(batch, *sizes, channels, *outputs, kernel_size, stride, padding, threads)
+        )
+    functions = [
+        kernel(source, f"{function}_{TYPES[dtype]}", 0)
+        for source, function in (
+            ("convolution", "convolution"), ("weight_gradient", "weight_gradient"),
+            ("batch_norm", "forward"), ("batch_norm", "backward"),
+        )
+    ]  # fmt: skip
+    block = _Block(
+        num_layers, has_downsample, groups, (Convolution * len(geometry))(*convolutions),
+        _Kernels(*(ctypes.cast(function, ctypes.c_void_p) for function in functions)),
+    )  # fmt: skip
+    last, bytes_ = num_layers - 1, [math.prod(shape) * dtype.itemsize for shape in shapes]
+    stats, size = _offsets(4 * 4 * groups * shape[1] for shape in shapes)
+    inner, size = _offsets((0 if n == last else bytes_[n] for n in range(len(shapes))), size)
+    kept, whole = _offsets(bytes_[:num_layers], size)
+    gradients, gradients_size = _offsets(bytes_[:num_layers])
+    return _Plan(block, shapes[last], stats, inner, kept, whole, size, gradients, gradients_size)
+
+
+def _offsets(sizes: Iterable[int], first: int = 0) -> tuple[list[int], int]:
+    """Where parts of so many bytes begin if the first does at `first`, and where they end."""
+    steps = (-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+    *offsets, end = itertools.accumulate(steps, initial=first)
+    return offsets, end
+
+
+def _forward(
+    plan: _Plan, norms: Sequence[nn.Module], x: torch.Tensor, parameters, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block's output, and the buffer of what `_backward` reads if it is to `keep` that."""
+    size = plan.size if keep else plan.size_without_kept
+    buffer = torch.empty(size, dtype=torch.uint8)
+    out, shortcut = _like(plan, x), None
+    if keep and plan.block.has_downsample:
+        shortcut = _like(plan, x)
+    kernels = _in_order(parameters)
+    layers = _layers(plan, norms, parameters, kernels, buffer, out, shortcut, keep)
+    function = kernel("residual", "residual_forward", 1, _BLOCK, _LAYERS)
+    function(plan.block, layers, x.data_ptr())
+    return out, buffer
+
+
+def _like(plan: _Plan, x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(plan.out_shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _in_order(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The convolutions' weights as the kernels read them."""
+    return [p.contiguous(memory_format=torch.channels_last) for p in parameters[::3]]
+
+
+def _layers(plan, norms, parameters, kernels, buffer, out, shortcut, keep: bool) -> ctypes.Array:
+    """shortcut: of the downsample, where it is kept apart from what the norm is applied to."""
+    base, last, layers = buffer.data_ptr(), plan.block.layers - 1, []
+    for number, norm in enumerate(norms):
+        if number == last:
+            normalised = out.data_ptr()
+            convolved = base + plan.kept[number] if keep else normalised
+        else:
+            convolved = normalised = base + plan.inner[number]
+            if keep and number < last:
+                normalised = base + plan.kept[number]
+            elif shortcut is not None:
+                normalised = shortcut.data_ptr()
+        weight, bias = parameters[3 * number + 1 : 3 * number + 3]
+        tensors = weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
+        layers.append((
+            norm.eps, norm.momentum, kernels[number].data_ptr(), *(t.data_ptr() for t in tensors),
+            convolved, normalised, base + plan.stats[number],
+        ))  # fmt: skip
+    return (_Layer * len(layers))(*layers)
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layers, downsample, x, *parameters):
-        runs, identity = [], x
-        if downsample is not None:
-            runs.append(_Run(downsample, x))
-            identity = runs[0].normalise(relu=False)
-        inner = x
-        for layer in layers:
-            runs.append(_Run(layer, inner))
-            last = layer is layers[-1]
-            inner = runs[-1].normalise(relu=True, shortcut=identity if last else None)
-        ctx.has_downsample, ctx.runs = downsample is not None, runs
-        tensors = [t for run in runs for t in (run.x, run.y, *run.layer.parameters)]
-        ctx.save_for_backward(inner, *tensors)
-        for run in runs:  # autograd keeps the tensors, and frees them in time
-            run.release()
-        return inner
+    def forward(ctx, plan, norms, x, *parameters):
+        out, buffer = _forward(plan, norms, x, parameters, keep=True)
+        ctx.plan, ctx.norms = plan, norms
+        ctx.save_for_backward(out, buffer, x, *parameters)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        out, *tensors = ctx.saved_tensors
-        runs = ctx.runs
-        for number, run in enumerate(runs):
-            run.x, run.y = tensors[5 * number : 5 * number + 2]
-        shortcut, *main = runs if ctx.has_downsample else (None, *runs)
+        out, buffer, x, *parameters = ctx.saved_tensors
+        plan, kernels = ctx.plan, _in_order(parameters)
+        layers = _layers(plan, ctx.norms, parameters, kernels, buffer, out, None, keep=True)
         dout = dout.contiguous(memory_format=torch.channels_last)
-        # `dout` may be another's too; what is made here is nobody else's, and overwritten.
-        run, dy, gated = main[-1], torch.empty_like(out), torch.empty_like(out)
-        run.norm_backward(dout, dy, y_BCHW=out, gated_BCHW=gated)
-        for before in reversed(main[:-1]):
-            run.differentiate(dy)
-            dy = run.input_gradient(dy)
-            before.norm_backward(dy, dy)
-            run = before
-        run.differentiate(dy)
-        dx = run.input_gradient(dy, onto=gated if shortcut is None else None)
-        if shortcut is not None:
-            shortcut.norm_backward(gated, gated)
-            shortcut.differentiate(gated)
-            shortcut.input_gradient(gated, onto=dx)
-        in_order = [*main, *runs[: ctx.has_downsample]]
-        gradients = [gradient for run in in_order for gradient in run.gradients]
-        for run in runs:
-            run.release()
-        return None, None, dx, *gradients
+        dx = torch.empty_like(x)
+        gated = torch.empty_like(out) if plan.block.has_downsample else dx
+        scratch = torch.empty(plan.gradients_size, dtype=torch.uint8)
+        offsets = [*(scratch.data_ptr() + offset for offset in plan.gradients), None]
+        dparameters = [
+            torch.empty_like(p, memory_format=torch.channels_last if p.dim() == 4 else None)
+            for p in parameters
+        ]
+        addresses = [gradient.data_ptr() for gradient in dparameters]
+        gradients = [(*addresses[3 * n : 3 * n + 3], offsets[n]) for n in range(len(kernels))]
+        function = kernel("residual", "residual_backward", 4, _BLOCK, _LAYERS, _GRADIENTS)
+        function(
+            plan.block, layers, (_Gradients * len(gradients))(*gradients), x.data_ptr(),
+            dout.data_ptr(), gated.data_ptr(), dx.data_ptr(),
+        )  # fmt: skip
+        return None, None, dx, *dparameters
 
 
-class _Run:
-    """One layer in one step: its convolution at once, then its norm, later the gradients."""
-
-    def __init__(self, layer: _Layer, x: torch.Tensor):
-        self.layer, self.x = layer, x
-        self.y = convolution.forward(x, layer.convolution.weight, *layer.geometry)
-
-    def normalise(self, *, relu: bool, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.empty_like(self.y)
-        out, self.saved = norm.forward(
-            self.layer.norm, self.y, self.layer.groups, relu, shortcut, out
-        )
-        return out
-
-    def norm_backward(self, dout, dy, **shortcut) -> None:
-        self.dscale, self.dshift = (torch.empty_like(p) for p in self.layer.parameters[1:])
-        norm.backward(self.saved, self.y, dout, dy, self.dscale, self.dshift, **shortcut)
-
-    def differentiate(self, dy: torch.Tensor) -> None:
-        weight = self.layer.convolution.weight
-        self.dweight = convolution.weight_gradient(self.x, dy, weight, *self.layer.geometry)
-
-    def input_gradient(self, dy, onto: torch.Tensor | None = None) -> torch.Tensor:
-        weight = self.layer.convolution.weight
-        return convolution.input_gradient(self.x, dy, weight, *self.layer.geometry, onto=onto)
-
-    @property
-    def gradients(self) -> tuple[torch.Tensor, ...]:
-        return self.dweight, self.dscale, self.dshift
-
-    def release(self) -> None:
-        self.x = self.y = self.dweight = self.dscale = self.dshift = None
+_BLOCK, _LAYERS, _GRADIENTS = map(ctypes.POINTER, (_Block, _Layer, _Gradients))

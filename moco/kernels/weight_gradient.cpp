@@ -4,7 +4,7 @@
 // The two bfloat16 of a unit are the same pixel of two images: whatever the shift between input and
 // output, they stay together. Sums are float and stay so.
 //
-// moco/kernels/convolution.py calls this file.
+// moco/kernels/convolution.py and residual.cpp call this file.
 
 #include <vector>
 
@@ -266,15 +266,15 @@ void weight_gradient(const Convolution& c, const typename T::Value* x, const typ
 extern "C" {
 
 #if HAS_FLOAT32
-void weight_gradient_float32(const Convolution* c, const float* x, const float* dy, float* dw) {
-  weight_gradient<Float32>(*c, x, dy, dw);
+void weight_gradient_float32(const Convolution* c, const void* x, const void* dy, float* dw) {
+  weight_gradient<Float32>(*c, static_cast<const float*>(x), static_cast<const float*>(dy), dw);
 }
 #endif
 
 #if HAS_BFLOAT16
-void weight_gradient_bfloat16(const Convolution* c, const uint16_t* x, const uint16_t* dy,
-                              float* dw) {
-  weight_gradient<Bfloat16>(*c, x, dy, dw);
+void weight_gradient_bfloat16(const Convolution* c, const void* x, const void* dy, float* dw) {
+  weight_gradient<Bfloat16>(*c, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(dy),
+                            dw);
 }
 #endif
 }

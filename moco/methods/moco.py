@@ -59,7 +59,9 @@ class MoCo(Method):
         """Own keys [b, D] of each micro-batch. The queries' forward reads nothing the average
         writes, so keys may be made first; then their activations are gone before those of the
         queries are kept."""
-        ema_update_(self.encoder_k, self.encoder_q, momentum, fused=self.fused)
+        ema_update_(
+            self.encoder_k, self.encoder_q, momentum, fused=self.fused, compiled=self.compiled
+        )
         return self._keys(view_k_BCHW, generator, num_parts).chunk(num_parts)
 
     def contrast(self, view_q_BCHW, view_k_BCHW, index_B, part, measure) -> StepOutput:

@@ -23,7 +23,9 @@ class SymmetricMoCo(MoCo):
     @torch.no_grad()
     def prepare(self, view_q_BCHW, view_k_BCHW, *, momentum, generator, num_parts=1):
         """Own keys [b, D] of both views, for each micro-batch."""
-        ema_update_(self.encoder_k, self.encoder_q, momentum, fused=self.fused)
+        ema_update_(
+            self.encoder_k, self.encoder_q, momentum, fused=self.fused, compiled=self.compiled
+        )
         keys = [self._keys(view, generator, num_parts) for view in (view_q_BCHW, view_k_BCHW)]
         return list(zip(*(k_BD.chunk(num_parts) for k_BD in keys), strict=True))
 

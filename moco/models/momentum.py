@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from moco.kernels.moving_average import move_, suits
+
 
 def init_key_encoder_(key: nn.Module, query: nn.Module) -> None:
     """Copy the query's parameters into `key` and exclude them from the gradient."""
@@ -14,7 +16,14 @@ def init_key_encoder_(key: nn.Module, query: nn.Module) -> None:
 
 
 @torch.no_grad()
-def ema_update_(key: nn.Module, query: nn.Module, momentum: float, *, fused: bool = False) -> None:
+def ema_update_(
+    key: nn.Module,
+    query: nn.Module,
+    momentum: float,
+    *,
+    fused: bool = False,
+    compiled: bool = False,
+) -> None:
     """key <- momentum * key + (1 - momentum) * query, over parameters only.
 
     Batch-norm buffers are not averaged: the key encoder keeps its own statistics. The two
@@ -24,12 +33,16 @@ def ema_update_(key: nn.Module, query: nn.Module, momentum: float, *, fused: boo
     Args:
         fused: one pass over the weights, key + (1 - momentum) * (query - key), instead of three.
             It rounds otherwise, and less.
+        compiled: that pass by a kernel, where it has the tensors; see moco.kernels.choose.
     """
     pairs = zip(key.parameters(), query.parameters(), strict=True)
     pairs = [(param_k, param_q) for param_k, param_q in pairs if param_q.requires_grad]
     if not pairs:
         return
     keys, queries = map(list, zip(*pairs, strict=True))
+    if fused and compiled and suits(keys, queries):
+        move_(keys, queries, 1.0 - momentum)
+        return
     if fused:
         torch._foreach_lerp_(keys, queries, 1.0 - momentum)
         return

@@ -71,6 +71,10 @@ SHAPES = [  # inputs, outputs, kernel, stride, batch, height, width
     (32, 32, 3, 2, 2, 8, 8),
     (64, 64, 3, 1, 6, 1, 1),  # eight of nine places of the kernel see no pixel
     (32, 32, 5, 2, 1, 4, 11),
+    (32, 64, 7, 3, 2, 10, 11),  # stride 3: nine groups of pixels in the gradient to the input
+    (64, 32, 3, 2, 3, 2, 2),
+    (32, 32, 1, 3, 2, 7, 5),  # most pixels of that gradient are zero
+    (32, 32, 5, 1, 3, 2, 3),
     (256, 512, 1, 1, 1, 2, 2),  # more outputs than pixels
     (32, 32, 3, 1, 2, 120, 100),  # an image is more than one chunk
 ]

@@ -118,13 +118,48 @@ def test_again_with_a_kept_graph_and_never_a_freed_one():
         torch.autograd.grad(y.sum(), x)
 
 
-def test_without_gradient_the_same_values(dtype):
-    made = block("resnet50", 2, 0)
+@pytest.mark.parametrize("where", BLOCKS, ids=str)
+def test_without_gradient_the_same_values(where, dtype):
+    made = block(*where)
     use_kernels_(made)
     x = torch.randn(4, channels_in(made), 6, 6).to(dtype)
-    expected = run(copy.deepcopy(made), x)[0]["y"]
+    kept = x.clone()
+    expected, _ = run(copy.deepcopy(made), x)
     with torch.inference_mode(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
-        assert torch.equal(made(x), expected)
+        assert torch.equal(made(x), expected["y"])
+    assert torch.equal(x, kept)
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in made.named_buffers())
+
+
+def test_two_passes_before_their_gradients():
+    """Each keeps its own tensors, as a loss of two views needs it."""
+    made = block("resnet50", 2, 0)
+    use_kernels_(made)
+    first, second = (torch.randn(4, channels_in(made), 6, 6) for _ in range(2))
+    alone = [run(copy.deepcopy(made), x, torch.ones(4, 256, 3, 3))[0] for x in (first, second)]
+    inputs = [x.clone().requires_grad_() for x in (first, second)]
+    outputs = [made(x) for x in inputs]
+    (outputs[0].sum() + outputs[1].sum()).backward()
+    for x, expected in zip(inputs, alone, strict=True):
+        torch.testing.assert_close(x.grad, expected["dx"], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_in_any_memory_order(dtype):
+    made = block("resnet50", 2, 0)
+    use_kernels_(made)
+    plain = copy.deepcopy(made).to(memory_format=torch.contiguous_format)
+    x = torch.randn(4, channels_in(made), 6, 6).to(dtype)
+    expected, upstream = run(made, x)
+    found, _ = run(plain, x, upstream)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_kernels_say_what_they_took():
+    made = block("resnet18", 1, 1)
+    use_kernels_(made)
+    before = residual.seconds()
+    run(made, torch.randn(4, channels_in(made), 6, 6))
+    assert all(value > before[name] for name, value in residual.seconds().items())
 
 
 def test_one_value_a_channel_is_refused_as_by_torch():
