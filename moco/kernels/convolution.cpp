@@ -10,8 +10,6 @@
 
 #include "convolution.h"
 
-#include <cstdio>
-extern "C" { double conv_times[8]; }
 namespace {
 
 // A tile of sums is kRows pixels x kColumns output channels. More pixels (up to 14 have registers)
@@ -27,29 +25,37 @@ struct Adjacent {
   Value* output;
   int64_t in_step, out_step;
 
+  int64_t taps() const { return 1; }
+  int64_t place(int64_t) const { return 0; }
   const Value* from(int64_t, int64_t m) const { return input + m * in_step; }
   Value* to(int64_t m) const { return output + m * out_step; }
 };
 
-// ... or anywhere. A place of the kernel that is beside the image is a pixel of zeros.
+// ... or anywhere, in a list. A place of the kernel that is beside the image is a pixel of zeros, and
+// is left out where it is that for the whole tile.
 template <class Value>
 struct Listed {
-  const Value* const* inputs;  // [kRows][taps]
+  const int64_t* head;         // how many places there are, and which of the panel's they are
+  const Value* const* inputs;  // [places][kRows]
   Value* const* outputs;       // [kRows]
-  int64_t taps;
 
-  const Value* from(int64_t tap, int64_t m) const { return inputs[m * taps + tap]; }
+  int64_t taps() const { return head[0]; }
+  int64_t place(int64_t tap) const { return head[1 + tap]; }
+  const Value* from(int64_t tap, int64_t m) const { return inputs[tap * kRows + m]; }
   Value* to(int64_t m) const { return outputs[m]; }
 };
 
-// M pixels x kColumns output channels, from `first` on. panel: [taps][units][kColumns].
+// M pixels x kColumns output channels, from `first` on. panels: [places][units][kColumns]. Not inlined,
+// or what its caller keeps in registers would be missing here.
 template <class T, int M, class Tile>
-void multiply_pixels(const Tile& tile, int64_t taps, const typename T::Unit* panel, int64_t units,
-                     int64_t first, int64_t channels, bool add) {
+__attribute__((noinline)) void multiply_pixels(const Tile& tile, const typename T::Unit* panels,
+                                               int64_t units, int64_t first, int64_t channels,
+                                               bool add) {
   using Value = typename T::Value;
   for (int m = 0; m < M; m++) __builtin_prefetch(tile.to(m) + first + M * channels, 1);
   Vector sums[M][2] = {};
-  for (int64_t t = 0; t < taps; t++) {
+  for (int64_t t = 0; t < tile.taps(); t++) {
+    const typename T::Unit* panel = panels + tile.place(t) * units * kColumns;
     const Value* from[M];
     for (int m = 0; m < M; m++) from[m] = tile.from(t, m);
     for (int64_t u = 0; u < units; u++) {
@@ -76,12 +82,11 @@ void multiply_pixels(const Tile& tile, int64_t taps, const typename T::Unit* pan
 }
 
 template <class T, int M, class Tile>
-void multiply_some_pixels(int64_t num, const Tile& tile, int64_t taps,
-                          const typename T::Unit* panel, int64_t units, int64_t first,
-                          int64_t channels, bool add) {
-  if (num >= M) return multiply_pixels<T, M>(tile, taps, panel, units, first, channels, add);
+void multiply_some_pixels(int64_t num, const Tile& tile, const typename T::Unit* panels,
+                          int64_t units, int64_t first, int64_t channels, bool add) {
+  if (num >= M) return multiply_pixels<T, M>(tile, panels, units, first, channels, add);
   if constexpr (M > 1) {
-    multiply_some_pixels<T, M - 1>(num, tile, taps, panel, units, first, channels, add);
+    multiply_some_pixels<T, M - 1>(num, tile, panels, units, first, channels, add);
   }
 }
 
@@ -132,7 +137,9 @@ struct Phase {
   Range rows, columns;  // of pixels whose places are all inside the image
 };
 
+// Where a walk through the pixels of `num` images is.
 struct Pixel {
+  int64_t first, num;  // of the images
   int64_t image, row, column;
 };
 
@@ -183,7 +190,7 @@ class Product {
     // What is larger is divided. The same thread has the same images in all layers, so that it
     // finds in its cache what it wrote: dynamic scheduling was slower.
     const bool divide_pixels = c_.images * c_.out_height * c_.out_width >= c_.out_channels;
-    const int64_t listed = block * kRows * (taps_ + 1);
+    const int64_t listed = block * list_size(taps_);
     const Scratch scratch(panels_ * panel_units * sizeof(Unit) + pixel_bytes +
                           c_.threads * listed * sizeof(void*));
     auto* const packed = static_cast<Unit*>(scratch.get());
@@ -265,15 +272,13 @@ class Product {
   void multiply(const Phase& phase, Range tiles, Range panels, int64_t block, const Unit* packed,
                 int64_t panel_units, const Value* zeros, const Value** list) const {
     const int64_t taps = phase.taps.size(), pixels = num_pixels(phase);
-    const int64_t first = tiles.begin * kRows, lines = kRows * c_.in_channels * sizeof(Value) / 64;
-    Pixel next{first / phase.width / phase.height, first / phase.width % phase.height,
-               first % phase.width};
+    const int64_t lines = kRows * c_.in_channels * sizeof(Value) / 64;
+    Pixel next = pixel_at(phase, tiles.begin * kRows);
     for (int64_t begin = tiles.begin; begin < tiles.end; begin += block) {
       const int64_t end = std::min(tiles.end, begin + block);
       for (int64_t t = begin; t < end && !plain_; t++) {
-        const Value** from = list + (t - begin) * kRows * (taps + 1);
         const int64_t num = std::min(kRows, pixels - t * kRows);
-        find_pixels(phase, next, num, zeros, from, const_cast<Value**>(from + kRows * taps));
+        find_pixels(phase, next, num, zeros, list + (t - begin) * list_size(taps));
       }
       for (int64_t k = panels.begin; k < panels.end; k++) {
         for (int64_t t = begin; t < end; t++) {
@@ -283,7 +288,7 @@ class Product {
           }
           const int64_t num = std::min(kRows, pixels - t * kRows);
           const auto multiply_tile = [&](const auto& tile) {
-            multiply_some_pixels<T, kRows>(num, tile, taps, packed + k * panel_units, units_,
+            multiply_some_pixels<T, kRows>(num, tile, packed + k * panel_units, units_,
                                            k * kColumns, c_.out_channels, add_);
           };
           if (plain_) {
@@ -291,37 +296,71 @@ class Product {
                                           output_ + t * kRows * c_.out_channels, c_.in_channels,
                                           c_.out_channels});
           } else {
-            const Value** from = list + (t - begin) * kRows * (taps + 1);
-            multiply_tile(Listed<Value>{from, const_cast<Value**>(from + kRows * taps), taps});
+            multiply_tile(listed(list + (t - begin) * list_size(taps), taps));
           }
         }
       }
     }
   }
 
+  // Words of a list: see `Listed`.
+  static int64_t list_size(int64_t taps) { return 1 + taps + (taps + 1) * kRows; }
+
+  static Listed<Value> listed(const Value** list, int64_t taps) {
+    const Value** const inputs = list + 1 + taps;
+    return {reinterpret_cast<const int64_t*>(list), inputs,
+            const_cast<Value**>(inputs + taps * kRows)};
+  }
+
+  // The order of the pixels: a tile has the same pixel of kRows images where it can, so that a place
+  // of the kernel is beside all of them or of none. In 1x1 convolutions that is of no use.
+  Pixel pixel_at(const Phase& phase, int64_t number) const {
+    const int64_t group = c_.kernel > 1 ? kRows : 1, size = phase.height * phase.width;
+    const int64_t first = number / (group * size) * group, num = std::min(group, c_.images - first);
+    const int64_t within = number - first * size, at = num > 0 ? within / num : 0;
+    return {first, num, num > 0 ? first + within % num : first, at / phase.width,
+            at % phase.width};
+  }
+
+  void advance(const Phase& phase, Pixel& pixel) const {
+    if (++pixel.image < pixel.first + pixel.num) return;
+    pixel.image = pixel.first;
+    if (++pixel.column < phase.width) return;
+    pixel.column = 0;
+    if (++pixel.row < phase.height) return;
+    pixel = pixel_at(phase, (pixel.first + pixel.num) * phase.height * phase.width);
+  }
+
   // Lists `num` pixels of a phase from `pixel` on, which becomes the one after them.
   void find_pixels(const Phase& phase, Pixel& pixel, int64_t num, const Value* zeros,
-                   const Value** from, Value** to) const {
+                   const Value** list) const {
+    const int64_t taps = phase.taps.size();
+    auto* const head = reinterpret_cast<int64_t*>(list);
+    const Value** const inputs = list + 1 + taps;
+    Value** const outputs = const_cast<Value**>(inputs + taps * kRows);
+    std::fill_n(head, 1 + taps, 0);
     for (int64_t m = 0; m < num; m++) {
       const int64_t h = pixel.row * in_step_, w = pixel.column * in_step_;
+      const Value* at = input_ + ((pixel.image * c_.height + h) * c_.width + w) * c_.in_channels;
+      const bool all = holds(phase.rows, pixel.row) && holds(phase.columns, pixel.column);
+      for (int64_t t = 0; t < taps; t++) {
+        const Tap& tap = phase.taps[t];
+        const bool inside = all || (holds({0, c_.height}, h + tap.down) &&
+                                    holds({0, c_.width}, w + tap.right));
+        inputs[t * kRows + m] = inside ? at + tap.offset : zeros;
+        head[1 + t] |= inside;
+      }
       const int64_t out_h = phase.top + pixel.row * out_step_;
       const int64_t out_w = phase.left + pixel.column * out_step_;
-      const Value* at = input_ + ((pixel.image * c_.height + h) * c_.width + w) * c_.in_channels;
-      if (holds(phase.rows, pixel.row) && holds(phase.columns, pixel.column)) {
-        for (const Tap& tap : phase.taps) *from++ = at + tap.offset;
-      } else {
-        for (const Tap& tap : phase.taps) {
-          const bool inside = holds({0, c_.height}, h + tap.down) &&
-                              holds({0, c_.width}, w + tap.right);
-          *from++ = inside ? at + tap.offset : zeros;
-        }
-      }
       const int64_t row = pixel.image * c_.out_height + out_h;
-      *to++ = output_ + (row * c_.out_width + out_w) * c_.out_channels;
-      if (++pixel.column == phase.width) {
-        pixel.column = 0;
-        if (++pixel.row == phase.height) pixel.row = 0, pixel.image++;
-      }
+      outputs[m] = output_ + (row * c_.out_width + out_w) * c_.out_channels;
+      advance(phase, pixel);
+    }
+    for (int64_t t = 0; t < taps; t++) {
+      if (!head[1 + t]) continue;
+      const int64_t place = head[0]++;  // at most t
+      head[1 + place] = t;
+      std::copy_n(inputs + t * kRows, kRows, inputs + place * kRows);
     }
   }
 
