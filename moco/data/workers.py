@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import threading
@@ -117,12 +118,22 @@ class Board:
                     batch = next(batches)
                 except StopIteration:
                     return
-                except Exception:  # torch's of the death, or one of a connection that was cut
-                    if not self._stuck:
+                except Exception as error:  # torch's of a death, or one of a cut connection
+                    if self._stuck:
+                        for process in processes:
+                            process.join(_PATIENCE_SECONDS)
+                        raise DataError(self._stuck) from None
+                    if not isinstance(error, (OSError, EOFError)):
                         raise
-                    for process in processes:
-                        process.join(_PATIENCE_SECONDS)
-                    raise DataError(self._stuck) from None
+                    sentinels = [process.sentinel for process in processes]
+                    dead = multiprocessing.connection.wait(sentinels, _PATIENCE_SECONDS)
+                    pids = [str(one.pid) for one in processes if one.sentinel in dead]
+                    if not pids:
+                        raise
+                    raise RuntimeError(  # in torch's words
+                        f"DataLoader worker (pid(s) {', '.join(pids)}) exited while a batch of it "
+                        "was fetched"
+                    ) from error
                 finally:
                     self._waits_for = None
                 yield batch

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kRows = kVectorBytes == 64 ? 8 : 6, kColumns = 2 * kLanes;
 constexpr int64_t kCacheBytes = 1 << 18;  // a part of a core's second-level cache
 
-// Where a tile's pixels and those they are made from lie: behind each other, as in a 1x1 convolution
-// without stride ...
+// Where a tile's pixels and those they are made from lie: behind each other, as in a 1x1
+// convolution without stride ...
 template <class Value>
 struct Adjacent {
   const Value* input;
@@ -31,8 +31,8 @@ struct Adjacent {
   Value* to(int64_t m) const { return output + m * out_step; }
 };
 
-// ... or anywhere, in a list. A place of the kernel that is beside the image is a pixel of zeros, and
-// is left out where it is that for the whole tile.
+// ... or anywhere, in a list. A place of the kernel that is beside the image is a pixel of zeros,
+// and is left out where it is that for the whole tile.
 template <class Value>
 struct Listed {
   const int64_t* head;         // how many places there are, and which of the panel's they are
@@ -45,8 +45,8 @@ struct Listed {
   Value* to(int64_t m) const { return outputs[m]; }
 };
 
-// M pixels x kColumns output channels, from `first` on. panels: [places][units][kColumns]. Not inlined,
-// or what its caller keeps in registers would be missing here.
+// M pixels x kColumns output channels, from `first` on. panels: [places][units][kColumns]. Not
+// inlined, or what its caller keeps in registers would be missing here.
 template <class T, int M, class Tile>
 __attribute__((noinline)) void multiply_pixels(const Tile& tile, const typename T::Unit* panels,
                                                int64_t units, int64_t first, int64_t channels,
@@ -96,8 +96,8 @@ inline void prefetch_weights(const float* from) {
   __builtin_prefetch(from + 16);
 }
 
-// The part of a panel for `inputs` weights of each of kColumns outputs, which begin `step` after the
-// last one's.
+// The part of a panel for `inputs` weights of each of kColumns outputs, which begin `step` after
+// the last one's.
 template <class T>
 void pack_outputs(const float* weight, int64_t inputs, int64_t step, typename T::Unit* panel) {
   constexpr int64_t kValues = kLanes * T::kValues;
@@ -123,8 +123,8 @@ void pack_outputs_transposed(const float* weight, int64_t inputs, int64_t step,
   }
 }
 
-// A place (r, s) of the kernel, `place` = r * kernel + s, and how far from its output it looks. Those
-// that see no pixel of any image are left out: of a 3x3 kernel on single pixels all but one.
+// A place (r, s) of the kernel, `place` = r * kernel + s, and how far from its output it looks.
+// Those that see no pixel of any image are left out: of a 3x3 kernel on single pixels all but one.
 struct Tap {
   int64_t place, down, right, offset;  // offset: in values
 };
@@ -312,8 +312,8 @@ class Product {
             const_cast<Value**>(inputs + taps * kRows)};
   }
 
-  // The order of the pixels: a tile has the same pixel of kRows images where it can, so that a place
-  // of the kernel is beside all of them or of none. In 1x1 convolutions that is of no use.
+  // The order of the pixels: a tile has the same pixel of kRows images where it can, so that a
+  // place of the kernel is beside all of them or of none. In 1x1 convolutions that is of no use.
   Pixel pixel_at(const Phase& phase, int64_t number) const {
     const int64_t group = c_.kernel > 1 ? kRows : 1, size = phase.height * phase.width;
     const int64_t first = number / (group * size) * group, num = std::min(group, c_.images - first);

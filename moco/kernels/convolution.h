@@ -1,4 +1,4 @@
-// What the two files of convolutions share: vectors, the units of their sums, and buffers.
+// What the files of convolutions share: vectors, the units of their sums, and buffers.
 //
 // A sum runs over *units* of 32 bits: a float, or two bfloat16 that the processor multiplies and
 // adds in one instruction. Operands are packed into panels in the order in which the products read
@@ -99,7 +99,7 @@ struct Bfloat16 {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int64_t i = 0; i < 16; i += 4) {  // in a[i + j] the units j, 4 + j, 8 + j, 12 + j of 4 rows
+    for (int64_t i = 0; i < 16; i += 4) {  // in a[i + j]: units j, 4 + j, 8 + j, 12 + j of 4 rows
       a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
       a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
       a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);

@@ -116,8 +116,8 @@ void residual_forward(const Block* b, const Layer* layers, const void* x) {
   }
 }
 
-// dout is left alone, others may have it too. gated: room for the shortcut's gradient, which without
-// a downsample is dx.
+// dout is left alone, others may have it too. gated: room for the shortcut's gradient, which
+// without a downsample is dx.
 void residual_backward(const Block* b, const Layer* layers, const Gradients* g, const void* x,
                        const void* dout, void* gated, void* dx) {
   const int64_t last = b->layers - 1;

@@ -176,7 +176,7 @@ def _offsets(sizes: Iterable[int], first: int = 0) -> tuple[list[int], int]:
 def _forward(
     plan: _Plan, norms: Sequence[nn.Module], x: torch.Tensor, parameters, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The block's output, and the buffer of what `_backward` reads if it is to `keep` that."""
+    """The block's output, and the buffer of what its gradient needs, if it is to `keep` that."""
     size = plan.size if keep else plan.size_without_kept
     buffer = torch.empty(size, dtype=torch.uint8)
     out, shortcut = _like(plan, x), None

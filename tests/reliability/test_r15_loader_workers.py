@@ -158,7 +158,7 @@ def test_the_image_is_named_in_seconds(act, tmp_path, observed):
 
 
 def come_late() -> None:
-    """Ask for the first batch when a worker has it ready and is stuck in its next one.
+    """Ask for the first batch when a worker has it ready and is stuck in its next one, or dead.
 
     torch fetches a batch's tensors from the worker that made them, which then answers no more.
     """
@@ -168,6 +168,7 @@ def come_late() -> None:
     def late(board, start):
         def started():
             batches = start()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own report may come too late
             time.sleep(1.5)
             return batches
 
@@ -176,9 +177,33 @@ def come_late() -> None:
     workers.Board.watched = late
 
 
-@pytest.mark.parametrize("act", ["spin", "stop"])
+@pytest.mark.parametrize("act", ["spin", "stop", "kill"])
 def test_a_finished_batch_of_a_stuck_worker_holds_nobody(act, tmp_path, observed):
     observed("R15", int(names_the_image(tmp_path / "run", act, come_late)), 1)
+
+
+@pytest.mark.parametrize("seconds, error", [(0.3, RuntimeError), (60, ConnectionResetError)])
+def test_a_cut_connection_is_the_death_of_a_worker(seconds, error, monkeypatch):
+    """torch sees a worker alive that is about to be gone, and passes the connection's error on."""
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 2.0)
+    process = SERVER.Process(target=time.sleep, args=(seconds,))
+
+    def start():
+        process.start()
+
+        def batches():
+            raise ConnectionResetError("reset")
+            yield
+
+        return batches()
+
+    with pytest.raises(error) as caught:
+        next(workers.Board(1, None, 0).watched(start))
+    alive = error is ConnectionResetError
+    assert alive or f"DataLoader worker (pid(s) {process.pid}) exited" in str(caught.value)
+    assert process.is_alive() == alive
+    process.kill()
+    process.join()
 
 
 def test_it_is_named_too_where_workers_import_everything_anew(tmp_path):
