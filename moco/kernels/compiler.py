@@ -16,8 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from moco.errors import ConfigError
 
+# The types that kernels of images have, as their names end.
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = (

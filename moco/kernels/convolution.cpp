@@ -205,6 +205,7 @@ class Product {
 #pragma omp barrier
       const Unit* panels = packed;
       for (const Phase& phase : phases_) {
+        if (add_ && phase.taps.empty()) continue;  // nothing to add
         const int64_t tiles = (num_pixels(phase) + kRows - 1) / kRows;
         const Range own_tiles = divide_pixels ? share(tiles, thread, threads) : Range{0, tiles};
         const Range own_panels = divide_pixels ? Range{0, panels_} : to_pack;

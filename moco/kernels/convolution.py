@@ -9,15 +9,15 @@ gradients that were never rounded. Figures: docs/PERFORMANCE.md.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from moco.kernels.compiler import has_kernel, kernel
+from moco.kernels.compiler import TYPES, has_kernel, kernel
 
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _CHANNELS = 32  # the kernels take multiples of it
 
 
@@ -101,28 +101,35 @@ def runs(layer: nn.Module, x: torch.Tensor) -> bool:
 
 def forward(x_BCHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
     """The convolution."""
-    batch, _, *sizes = x_BCHW.shape
     channels, kernel_size = weight_KCRS.shape[0], weight_KCRS.shape[2]
-    height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in sizes)
     y_BKHW = torch.empty(
-        (batch, channels, height, width), dtype=x_BCHW.dtype, memory_format=torch.channels_last
-    )
+        output_shape(x_BCHW.shape, channels, kernel_size, stride, padding),
+        dtype=x_BCHW.dtype, memory_format=torch.channels_last,
+    )  # fmt: skip
     layer = _describe(x_BCHW, y_BKHW, kernel_size, stride, padding)
-    _call("convolution", x_BCHW, (layer, False, False), x_BCHW, _in_order(weight_KCRS), y_BKHW)
+    _call("convolution", x_BCHW, (layer, False, False), x_BCHW, in_order(weight_KCRS), y_BKHW)
     return y_BKHW
 
 
-def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int, onto=None):
-    """The gradient to x, added to `onto` where that is given."""
-    dx_BCHW = torch.empty_like(x_BCHW) if onto is None else onto
-    layer = _describe(dy_BKHW, dx_BCHW, weight_KCRS.shape[2], stride, padding)
-    sizes = layer, True, onto is not None
-    _call("convolution", x_BCHW, sizes, dy_BKHW, _in_order(weight_KCRS), dx_BCHW)
-    return dx_BCHW
+def output_shape(
+    x_shape: Sequence[int], channels: int, kernel_size: int, stride: int, padding: int
+) -> tuple[int, ...]:
+    """[B, channels, H', W'] of the convolution of a tensor [B, C, H, W]."""
+    batch, _, *sizes = x_shape
+    return batch, channels, *((n + 2 * padding - kernel_size) // stride + 1 for n in sizes)
 
 
-def _in_order(weight_KCRS: torch.Tensor) -> torch.Tensor:
+def in_order(weight_KCRS: torch.Tensor) -> torch.Tensor:
+    """The weights as the kernels read them."""
     return weight_KCRS.contiguous(memory_format=torch.channels_last)
+
+
+def input_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:
+    """The gradient to x."""
+    dx_BCHW = torch.empty_like(x_BCHW)
+    layer = _describe(dy_BKHW, dx_BCHW, weight_KCRS.shape[2], stride, padding)
+    _call("convolution", x_BCHW, (layer, True, False), dy_BKHW, in_order(weight_KCRS), dx_BCHW)
+    return dx_BCHW
 
 
 def weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> torch.Tensor:

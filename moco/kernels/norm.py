@@ -14,9 +14,7 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from moco.kernels.compiler import kernel
-
-_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from moco.kernels.compiler import TYPES, kernel
 
 
 class _Norm(ctypes.Structure):
@@ -51,9 +49,9 @@ def norm_relu(
         relu: without it there must be no shortcut either.
     Raises: ValueError for one value a channel and group, as torch, or another type.
     """
-    if x_BCHW.dtype not in _TYPES or x_BCHW.device.type != "cpu":
+    if x_BCHW.dtype not in TYPES or x_BCHW.device.type != "cpu":
         raise ValueError(
-            f"compiled batch norm takes {', '.join(_TYPES.values())} on a CPU, got {x_BCHW.dtype} "
+            f"compiled batch norm takes {', '.join(TYPES.values())} on a CPU, got {x_BCHW.dtype} "
             f"on {x_BCHW.device}"
         )
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
@@ -98,7 +96,7 @@ def forward(
         batch, height * width, channels, groups, torch.get_num_threads(), relu, norm.eps,
         norm.momentum, *map(_address, parameters), *range(first, first + 4 * step, step),
     )  # fmt: skip
-    function = kernel("batch_norm", f"forward_{_TYPES[x_BCHW.dtype]}", 3, _POINTER)
+    function = kernel("batch_norm", f"forward_{TYPES[x_BCHW.dtype]}", 3, _POINTER)
     function(layer, x_BCHW.data_ptr(), _address(shortcut_BCHW), out.data_ptr())
     return out, Saved(layer, stats)
 
@@ -111,7 +109,7 @@ def backward(
     y_BCHW, gated_BCHW: where a shortcut was added, the output, and room for its gradient. Else the
     ReLU's gate is computed from x again.
     """
-    function = kernel("batch_norm", f"backward_{_TYPES[x_BCHW.dtype]}", 7, _POINTER)
+    function = kernel("batch_norm", f"backward_{TYPES[x_BCHW.dtype]}", 7, _POINTER)
     tensors = (x_BCHW, y_BCHW, dy_BCHW, dx_BCHW, gated_BCHW, dweight, dbias)
     function(saved.layer, *map(_address, tensors))
 

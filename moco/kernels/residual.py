@@ -18,8 +18,8 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from moco.kernels.compiler import is_compiled, kernel, library
-from moco.kernels.convolution import TYPES, Convolution, runs
+from moco.kernels.compiler import TYPES, is_compiled, kernel, library
+from moco.kernels.convolution import Convolution, in_order, output_shape, runs
 from moco.kernels.norm import check_values
 
 Pair = Sequence[nn.Module]  # a convolution and its norm
@@ -137,16 +137,13 @@ def _plan(
 ) -> _Plan:
     """geometry: of each layer (outputs, kernel size, stride, padding); last is the downsample's."""
     num_layers = len(geometry) - has_downsample
-    convolutions, shapes, inputs = [], [], x_shape
-    for number, (channels, kernel_size, stride, padding) in enumerate(geometry):
-        batch, *sizes = x_shape if number == num_layers else inputs
-        outputs = [(n + 2 * padding - kernel_size) // stride + 1 for n in sizes[1:]]
-        inputs = (batch, channels, *outputs)
-        check_values(inputs, groups)
-        shapes.append(inputs)
-        convolutions.append(
-            Convolution(batch, *sizes, channels, *outputs, kernel_size, stride, padding, threads)
-        )
+    convolutions, shapes, made = [], [], x_shape
+    for number, layer in enumerate(geometry):
+        given = x_shape if number == num_layers else made
+        made = output_shape(given, *layer)
+        check_values(made, groups)
+        shapes.append(made)
+        convolutions.append(Convolution(*given, *made[1:], *layer[1:], threads))
     functions = [
         kernel(source, f"{function}_{TYPES[dtype]}", 0)
         for source, function in (
@@ -182,7 +179,7 @@ def _forward(
     out, shortcut = _like(plan, x), None
     if keep and plan.block.has_downsample:
         shortcut = _like(plan, x)
-    kernels = _in_order(parameters)
+    kernels = [in_order(weight) for weight in parameters[::3]]
     layers = _layers(plan, norms, parameters, kernels, buffer, out, shortcut, keep)
     function = kernel("residual", "residual_forward", 1, _BLOCK, _LAYERS)
     function(plan.block, layers, x.data_ptr())
@@ -191,11 +188,6 @@ def _forward(
 
 def _like(plan: _Plan, x: torch.Tensor) -> torch.Tensor:
     return torch.empty(plan.out_shape, dtype=x.dtype, memory_format=torch.channels_last)
-
-
-def _in_order(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The convolutions' weights as the kernels read them."""
-    return [p.contiguous(memory_format=torch.channels_last) for p in parameters[::3]]
 
 
 def _layers(plan, norms, parameters, kernels, buffer, out, shortcut, keep: bool) -> ctypes.Array:
@@ -232,7 +224,7 @@ class _Residual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         out, buffer, x, *parameters = ctx.saved_tensors
-        plan, kernels = ctx.plan, _in_order(parameters)
+        plan, kernels = ctx.plan, [in_order(weight) for weight in parameters[::3]]
         layers = _layers(plan, ctx.norms, parameters, kernels, buffer, out, None, keep=True)
         dout = dout.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
