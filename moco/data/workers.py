@@ -65,9 +65,15 @@ def num_worker_retries() -> int:
 
 
 def doing(pids: Sequence[int]) -> str:
-    """What the worker processes with these numbers were at, in words; "" where it is not known."""
+    """What the worker processes with these numbers were at, in words; "" where it is not known.
+
+    Of stuck workers, which were killed together, what all of them were at.
+    """
     return ", ".join(
-        words for board in list(_boards) for row, words in board.in_words() if row.pid in pids
+        words
+        for board in list(_boards)
+        for row, words in board.in_words()
+        if row.pid in pids or board.is_stuck
     )
 
 
@@ -86,6 +92,10 @@ class Board:
         self._stuck = ""  # what to say of it
         _boards.add(self)
         weakref.finalize(self, _keep_retries, self.rows).atexit = False
+
+    @property
+    def is_stuck(self) -> bool:
+        return bool(self._stuck)
 
     def in_words(self) -> Iterator[tuple[_Row, str]]:
         for number, row in enumerate(self.rows):
@@ -119,9 +129,11 @@ class Board:
                 except StopIteration:
                     return
                 except Exception as error:  # torch's of a death, or one of a cut connection
-                    if self._stuck:
+                    if self.is_stuck:
                         for process in processes:
-                            process.join(_PATIENCE_SECONDS)
+                            # Where a cut connection came first, torch reports the death only now.
+                            with contextlib.suppress(RuntimeError):
+                                process.join(_PATIENCE_SECONDS)
                         raise DataError(self._stuck) from None
                     if not isinstance(error, (OSError, EOFError)):
                         raise

@@ -22,7 +22,7 @@ from processes import SERVER
 
 from moco.data import reading, workers
 from moco.data.images import ImageSource, find_images
-from moco.errors import MocoError
+from moco.errors import DataError, MocoError
 from moco.training import trainer
 from moco.training.progress import JsonLog
 
@@ -204,6 +204,35 @@ def test_a_cut_connection_is_the_death_of_a_worker(seconds, error, monkeypatch):
     assert process.is_alive() == alive
     process.kill()
     process.join()
+
+
+def test_a_report_of_the_death_does_not_replace_that_it_was_stuck():
+    """torch's handler of SIGCHLD raises wherever the main thread is, here while it waits."""
+    process, reported = SERVER.Process(target=time.sleep, args=(60,)), []
+    board = workers.Board(1, None, 0.2)
+    assert workers.doing([-1]) == ""
+
+    def join(seconds):
+        reported.append(seconds)
+        raise RuntimeError(f"DataLoader worker (pid {process.pid}) is killed by signal: Killed.")
+
+    def start():
+        process.start()
+
+        def batches():
+            while process.is_alive():
+                time.sleep(0.01)
+            process.join = join
+            raise ConnectionResetError("reset")
+            yield
+
+        return batches()
+
+    with pytest.raises(DataError, match="no loader worker got any further for 0.2 s"):
+        next(board.watched(start))
+    assert reported
+    # Raised elsewhere in the loop, it becomes another error, which names all of them too.
+    assert workers.doing([-1]).startswith("worker 0 ")
 
 
 def test_it_is_named_too_where_workers_import_everything_anew(tmp_path):
