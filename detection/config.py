@@ -47,7 +47,7 @@ def load_detection_config(config_file: str | None, overrides: Sequence[str] = ()
 
 
 def check_processes(cfg: CfgNode, num_processes: int, device_type: str) -> None:
-    """Raise ConfigError for what can be trained alone or on GPUs only, before it fails in torch.
+    """Raise ConfigError for what these processes cannot compute, before it fails in torch.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -57,6 +57,11 @@ def check_processes(cfg: CfgNode, num_processes: int, device_type: str) -> None:
             f"MODEL.RESNETS.NORM is 'SyncBN' with {num_processes} processes on a CPU, where "
             "torch's SyncBatchNorm does not run; allowed there: naiveSyncBN (batch norm over all "
             "processes), BN, FrozenBN; set MODEL.RESNETS.NORM naiveSyncBN"
+        )
+    if cfg.MODEL.COMPILE == "kernels" and device_type != "cpu":
+        raise ConfigError(
+            f"MODEL.COMPILE is 'kernels', which are for CPUs, on {device_type}; set MODEL.COMPILE "
+            "eager, or train on a CPU"
         )
 
 
@@ -118,6 +123,9 @@ def _check_model(cfg: CfgNode, where: str) -> None:
     ok = model.RESNETS.NORM != "" or model.ROI_HEADS.NAME != EXTRA_NORM_HEADS
     allowed = f"a norm, as MODEL.ROI_HEADS.NAME is {EXTRA_NORM_HEADS}"
     _require(ok, where, "MODEL.RESNETS.NORM", "", allowed)
+    ok = model.CHANNELS_LAST or model.COMPILE != "kernels"
+    allowed = "eager with MODEL.CHANNELS_LAST False; kernels with True"
+    _require(ok, where, "MODEL.COMPILE", model.COMPILE, allowed)
 
 
 def _check_run(cfg: CfgNode, where: str) -> None:

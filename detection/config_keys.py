@@ -20,6 +20,7 @@ EXTRA_KEYS = (
     "TEST.ROUND_DETECTIONS",
     "TEST.AMP.ENABLED",
     "MODEL.CHANNELS_LAST",
+    "MODEL.COMPILE",
     "SOLVER.PROGRESS_PERIOD",
     "DATALOADER.STREAM",
 )
@@ -138,6 +139,7 @@ DEFAULTS = dict(
         KEYPOINT_ON=False,
         LOAD_PROPOSALS=False,
         CHANNELS_LAST=False,
+        COMPILE="eager",
         BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
         RESNETS=_RESNETS,
         ANCHOR_GENERATOR=dict(
@@ -282,6 +284,7 @@ _DEFAULT_ONLY = (
 UNSUPPORTED: dict[str, tuple] = {
     **{key: (get_key(DEFAULTS, key),) for key in _DEFAULT_ONLY},
     "MODEL.DEVICE": ("cuda", "cpu"),
+    "MODEL.COMPILE": ("eager", "kernels"),
     "MODEL.RESNETS.DEPTH": (50, 101, 152),
     "MODEL.RESNETS.NORM": _NORMS,
     "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),

@@ -29,7 +29,10 @@ _NUM_DIFFERENCES_SHOWN = 5
 
 def run_digest(cfg: CfgNode, weights_sha256: str | None, engine: str) -> str:
     """16 hex digits that identify the configuration and the content of the initial weights."""
-    text = f"{digest(cfg, _not_in_digest(cfg, engine))} {weights_sha256}"
+    left_out = _not_in_digest(cfg, engine)
+    if cfg.MODEL.COMPILE == "eager":  # runs of before the key go on
+        left_out += ("MODEL.COMPILE",)
+    text = f"{digest(cfg, left_out)} {weights_sha256}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -15,10 +15,11 @@ import torch
 
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
-from detection.data.loader import test_samples
+from detection.data.loader import test_sample
 from detection.engines import d2
 from detection.engines.base import Run
 from detection.engines.d2_session import logs_to_file
+from detection.engines.embedded.acceleration import accelerate_
 from detection.engines.embedded.faster_rcnn import build_model
 from detection.engines.embedded.randomness import build_randomness
 from detection.engines.embedded.solver import build_optimizer, set_lr
@@ -28,7 +29,19 @@ from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
 
-_FAST_KEYS = ("MODEL.CHANNELS_LAST", "SOLVER.AMP.ENABLED", "TEST.AMP.ENABLED")
+_FAST = {
+    "MODEL.CHANNELS_LAST": True,
+    "SOLVER.AMP.ENABLED": True,
+    "TEST.AMP.ENABLED": True,
+}
+_KERNELS = {"MODEL.CHANNELS_LAST": True, "MODEL.COMPILE": "kernels"}
+# The sides of this project, and what each sets; the kernels are for CPUs.
+_OURS = {"embedded fp32": {}, "embedded fast": _FAST}
+_OURS_ON_CPU = {
+    "embedded fp32, kernels": _KERNELS,
+    "embedded fast, eager": _FAST,
+    "embedded fast": {**_FAST, **_KERNELS},
+}
 # Detectron2's own stream in both, in the main process.
 _STREAM = ("DATALOADER.STREAM", "detectron2", "DATALOADER.NUM_WORKERS", "0", "SEED", "0")
 _WARM_UP = 2
@@ -54,10 +67,11 @@ class EmbeddedSide:
         self._model = build_model(run.cfg)
         load_initial_weights(self._model, run.cfg, eval_only=False)
         self._model.to(self._device)
+        accelerate_(self._model, run.cfg, self._device)
         self._optimizer = build_optimizer(run.cfg, self._model)
         set_lr(self._optimizer, run.cfg, 0)
         self.batches = list(itertools.islice(randomness.training_batches(0), count))
-        self._samples = list(test_samples(_test_records(run, count), run.cfg))
+        self._samples = [test_sample(record, run.cfg) for record in _test_records(run, count)]
 
     def train(self, number: int) -> None:
         self._model.train()
@@ -110,21 +124,23 @@ def run(
     if num_rounds < 3:
         raise ConfigError(f"--rounds {num_rounds}: at least 3 are needed for quartiles")
     place, count = torch.device(device), num_rounds + _WARM_UP
-    full, fast = (_config(config_file, overrides, fast=fast) for fast in (False, True))
-    plain = _run(full, place)
+    settings = {**_OURS, **(_OURS_ON_CPU if place.type == "cpu" else {})}
+    ours = {
+        name: EmbeddedSide(_run(_config(config_file, overrides, keys), place), count)
+        for name, keys in settings.items()
+    }
+    batches = ours["embedded fp32"].batches
+    sides: dict[str, Side] = dict(ours)
     engine = d2.Detectron2Engine()
     missing = engine.unavailable_reason()
-    ours = EmbeddedSide(plain, count)
-    sides: dict[str, Side] = {"embedded fp32": ours}
     if missing:
         print(f"Detectron2 is left out: {missing}")
     else:
-        theirs = Detectron2Side(plain, count)
-        _check_same_images(ours.batches, theirs.batches)
+        theirs = Detectron2Side(_run(_config(config_file, overrides, {}), place), count)
+        _check_same_images(batches, theirs.batches)
         sides = {"detectron2 fp32": theirs, **sides}
-    sides["embedded fast"] = EmbeddedSide(_run(fast, place), count)
     baseline = next(iter(sides))
-    content = {"fast": list(_FAST_KEYS), "images_per_batch": len(ours.batches[0])}
+    content = {"settings": settings, "images_per_batch": len(batches[0])}
     for what, method in (("training iteration", "train"), ("test image", "predict")):
         jobs = {name: _timed(getattr(side, method), place) for name, side in sides.items()}
         for job, number in itertools.product(jobs.values(), range(num_rounds, count)):
@@ -136,8 +152,9 @@ def run(
     print(f"\nwritten: {output}")
 
 
-def _config(config_file: str, overrides: Sequence[str], *, fast: bool) -> CfgNode:
-    switches = [word for key in _FAST_KEYS for word in (key, str(fast))]
+def _config(config_file: str, overrides: Sequence[str], keys: dict) -> CfgNode:
+    keys = {**dict.fromkeys(_FAST, False), "MODEL.COMPILE": "eager", **keys}
+    switches = [str(word) for pair in keys.items() for word in pair]
     return load_detection_config(config_file, [*overrides, *_STREAM, *switches])
 
 

@@ -44,13 +44,13 @@ from detection.data.loader import (
     Augmentation,
     Draw,
     SampleDraw,
-    TrainLoader,
     batch_share,
     drawn_loader,
     global_batches,
     usable_records,
     wide_images,
 )
+from detection.data.sample_loader import Loader
 from moco.cfgnode import CfgNode
 
 
@@ -104,7 +104,7 @@ class Detectron2Stream:
         _draw_base_seed()
         return itertools.islice(self._batches([self.main_numpy]), self._num_precise_bn)
 
-    def load(self, draws: Iterator[list[SampleDraw]], *, num_processes: int) -> TrainLoader:
+    def load(self, draws: Iterator[list[SampleDraw]], *, num_processes: int) -> Loader:
         """The samples of `draws`, loaded by any number of processes: it changes none."""
         return drawn_loader(self._records, self._augmentation, draws, num_workers=num_processes)
 

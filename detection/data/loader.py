@@ -10,10 +10,8 @@ position), so any iteration can be started at and neither workers nor ranks chan
 
 from __future__ import annotations
 
-import atexit
+import functools
 import itertools
-import signal
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 from detection.data.masks import nonempty_masks, select_masks, transform_masks
-from detection.data.packed import PackedRecords
+from detection.data.sample_loader import Loader, start_loader
 from detection.data.transforms import (
     flip_image,
     nonempty_boxes,
@@ -32,10 +30,8 @@ from detection.data.transforms import (
     transform_boxes,
 )
 from moco.cfgnode import CfgNode
-from moco.errors import ConfigError, DataError, dead_worker_as_data_error, dead_worker_error
+from moco.errors import ConfigError, DataError
 from moco.seeding import python_random, torch_generator
-
-WORKERS_KEY = "DATALOADER.NUM_WORKERS"
 
 # (position in the stream, index of the record)
 Draw = tuple[int, int]
@@ -79,8 +75,7 @@ class Augmentation:
             raise ConfigError(f"INPUT.MIN_SIZE_TRAIN: {edges} is given; {needed} is needed")
         if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
             raise ConfigError(
-                f"INPUT.RANDOM_FLIP: {cfg.INPUT.RANDOM_FLIP!r} is given; "
-                "allowed: horizontal, none"
+                f"INPUT.RANDOM_FLIP: {cfg.INPUT.RANDOM_FLIP!r} is given; allowed: horizontal, none"
             )
         return cls(
             edges,
@@ -172,21 +167,30 @@ def _ground_truth(annotations: Sequence[dict], moves: tuple, mask_format: str | 
     return truth
 
 
-def test_samples(records: Iterable[dict], cfg: CfgNode) -> Iterator[dict]:
-    """The test images in order, resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
+def test_sample(record: dict, cfg: CfgNode) -> dict:
+    """A test image, resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
 
-    Yields: dicts as `train_loader`'s, without gt_boxes and gt_classes.
+    Returns: a dict as `train_loader`'s, without gt_boxes and gt_classes.
     Raises: DataError for an image that cannot be read.
     """
-    for record in records:
-        image = _read_checked(record, cfg.INPUT.FORMAT)
-        shape = shortest_edge_shape(
-            *image.shape[:2], cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        )
-        yield _sample(record, resize_image(image, *shape))
+    image = _read_checked(record, cfg.INPUT.FORMAT)
+    shape = shortest_edge_shape(*image.shape[:2], cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return _sample(record, resize_image(image, *shape))
 
 
-test_samples.__test__ = False  # its name is in the contract; pytest must not collect it
+def test_loader(records: Sequence[dict], cfg: CfgNode, *, num_workers: int) -> Loader:
+    """Lists of one `test_sample` each, in order, loaded ahead by `num_workers` processes.
+
+    One image at a time, as in Detectron2: its detections do not depend on those beside it.
+    Raises: DataError, while iterating, for an image that cannot be read.
+    """
+    load = functools.partial(_load_test, cfg=cfg)
+    draws = [[index] for index in range(len(records))]
+    return start_loader(records, load, draws, num_workers=min(num_workers, len(records)))
+
+
+for _function in (test_sample, test_loader):
+    _function.__test__ = False  # pytest must not collect them
 
 
 def train_loader(
@@ -198,7 +202,7 @@ def train_loader(
     rank: int,
     world_size: int,
     num_workers: int,
-) -> TrainLoader:
+) -> Loader:
     """The endless training batches of one rank, from `start_iteration` (0-based) on.
 
     A batch of SOLVER.IMS_PER_BATCH images is formed for all ranks together; rank r gets its
@@ -265,95 +269,21 @@ def drawn_loader(
     *,
     num_workers: int,
     num_filtered: int = 0,
-) -> TrainLoader:
+) -> Loader:
     """Load batches that are drawn already, in order, with `num_workers` processes.
 
     Samples are as `train_loader`'s. `batches` is iterated in this process, a few batches ahead.
     """
-    loader = torch.utils.data.DataLoader(
-        _TrainDataset(PackedRecords(records) if num_workers else records, augmentation),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_as_list,
-        worker_init_fn=_init_worker,
-        # Without a generator of its own the loader would draw from torch's global one. Nothing
-        # is drawn in its workers.
-        generator=torch.Generator().manual_seed(0),
-    )
-    return TrainLoader(loader, num_filtered)
+    load = functools.partial(_load_train, augmentation=augmentation)
+    return start_loader(records, load, batches, num_workers=num_workers, num_filtered=num_filtered)
 
 
-class TrainLoader:
-    """An iterator of batches; `num_filtered` images without boxes were left out."""
-
-    def __init__(self, loader: torch.utils.data.DataLoader, num_filtered: int) -> None:
-        self.num_filtered = num_filtered
-        self._batches = iter(loader)
-        # Workers ignore SIGTERM, by which torch and Python end those that are left. So they are
-        # ended in order: on close, when this object goes (its finalizer keeps the iterator out
-        # of a garbage cycle, where its queues would die first), and before Python's own exit.
-        has_workers = loader.num_workers > 0
-        self._end = weakref.finalize(self, _end_workers, self._batches if has_workers else None)
-        self._end.atexit = False
-        atexit.register(self._end)
-
-    def __iter__(self) -> TrainLoader:
-        return self
-
-    def __next__(self) -> list[dict]:
-        if self._batches is None:
-            raise StopIteration
-        try:
-            with dead_worker_as_data_error(WORKERS_KEY):
-                batch = next(self._batches)
-        except (EOFError, OSError) as error:  # it died while it handed over a tensor
-            raise dead_worker_error(error, WORKERS_KEY) from error
-        for sample in batch:
-            if isinstance(sample, DataError):
-                raise sample
-        return batch
-
-    def close(self) -> None:
-        """End the worker processes; the iterator is exhausted from then on."""
-        self._end()
-        self._batches = None
+def _load_train(records: Sequence[dict], draw: SampleDraw, *, augmentation: Augmentation) -> dict:
+    return _load_drawn(records[draw.index], augmentation, draw.short_edge, draw.flip)
 
 
-def _end_workers(batches) -> None:
-    if batches is None:
-        return
-    try:
-        batches._shutdown_workers()  # what torch itself calls when it drops the iterator
-    except RuntimeError as error:
-        # torch's signal handler reports the death of a worker, which next() may have met before
-        # it as a broken pipe. What is left is ended all the same, by a `finally` of torch's.
-        if "DataLoader worker" not in str(error):
-            raise
-
-
-class _TrainDataset(torch.utils.data.Dataset):
-    def __init__(self, records: Sequence[dict], augmentation: Augmentation) -> None:
-        self._records, self._augmentation = records, augmentation
-
-    def __getitem__(self, draw: SampleDraw) -> dict | DataError:
-        record = self._records[draw.index]
-        try:
-            return _load_drawn(record, self._augmentation, draw.short_edge, draw.flip)
-        except DataError as error:
-            # As a value, since torch would wrap a raised one in the worker's whole traceback.
-            return DataError(str(error))
-
-
-def _as_list(samples: list) -> list:
-    return samples
-
-
-def _init_worker(worker_id: int) -> None:
-    torch.set_num_threads(1)
-    # A signal to the process group is for the main process, which still needs its batches to
-    # finish the step and write a checkpoint.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _load_test(records: Sequence[dict], index: int, *, cfg: CfgNode) -> dict:
+    return test_sample(records[index], cfg)
 
 
 def _read_checked(record: dict, channel_format: str) -> np.ndarray:

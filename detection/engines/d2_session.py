@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from detection.data.loader import WORKERS_KEY
+from detection.data.sample_loader import WORKERS_KEY
 from detection.engines.base import FINAL_MODEL, Run
 from detection.engines.progress import Progress
 from detection.engines.run_files import read_state, write_state

@@ -1,4 +1,4 @@
-// Batch norm in training mode over groups of images, with the shortcut and the ReLU that follow it
+// Batch norm over groups of images, with the shortcut and the ReLU that follow it
 // in a residual network, forward and backward, for channels-last tensors of float or bfloat16.
 //
 // A tensor is rows (pixels of all images) x channels; image i belongs to group i % groups. What
@@ -13,36 +13,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "batch_norm.h"
+#include "bfloat16.h"
 
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-
-inline float load(bfloat16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline void store(float& out, float value) { out = value; }
-
-// Rounds to the nearest, ties to even. A NaN stays one if its lower half is 0: those of bfloat16
-// and those the processor makes are such, `plain` makes the others so.
-inline void store(bfloat16& out, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
+// A NaN as `store` keeps it.
 inline float plain(double value) { return value != value ? NAN : float(value); }
 
 constexpr int64_t kRowsPerBlock = 256;
@@ -202,11 +180,23 @@ void normalise(const Norm& l, const T* x, const T* shortcut, T* y) {
   });
 }
 
+void use_running(const Norm& l) {
+  for (int64_t c = 0; c < l.channels; c++) {
+    const double scale = l.weight[c] / std::sqrt(double(l.running_var[c]) + l.eps);
+    l.scale[c] = plain(scale);
+    l.shift[c] = plain(l.bias[c] - l.running_mean[c] * scale);
+  }
+}
+
 template <class T>
 void forward(const Norm& l, const T* x, const T* shortcut, T* y) {
-  measure(l, x);
-  track(l);
-  ++*l.tracked;
+  if (l.evaluating) {
+    use_running(l);
+  } else {
+    measure(l, x);
+    track(l);
+    ++*l.tracked;
+  }
   normalise(l, x, shortcut, y);
 }
 

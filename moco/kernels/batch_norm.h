@@ -1,4 +1,4 @@
-// A batch norm in training. moco/kernels/norm.py has the same fields.
+// A batch norm. moco/kernels/norm.py has the same fields.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 extern "C" struct Norm {
   int64_t images, pixels, channels, groups;  // pixels of one image
-  int64_t threads, relu;
+  int64_t threads, relu, evaluating;         // evaluating: by the running statistics, one group
   double eps, momentum;
   const float *weight, *bias;          // [channels]
   float *running_mean, *running_var;   // [channels]

@@ -8,10 +8,12 @@ from moco.kernels.compiler import compile_kernels, has_kernel
 from moco.kernels.convolution import suits
 
 
-def use_kernels_(network: nn.Module) -> int:
-    """Let `network` compute by kernels in training: its plain and split batch norms, the
-    convolutions and linear layers the kernels have, and itself where it is a method.
+def use_kernels_(network: nn.Module, *, evaluation: bool = False) -> int:
+    """Let `network` compute by kernels: its plain and split batch norms, the convolutions and
+    linear layers the kernels have, and itself where it is a method.
 
+    Args:
+        evaluation: also in evaluation mode without gradient, not in training only.
     Returns: how many layers do.
     Raises: ConfigError as `compile_kernels`.
     """
@@ -24,5 +26,5 @@ def use_kernels_(network: nn.Module) -> int:
     if hasattr(network, "compiled"):
         network.compiled = has_kernel("info_nce", "info_nce_float32")
     for layer in layers:
-        layer.compiled = True
+        layer.compiled, layer.compiled_evaluation = True, evaluation
     return len(layers)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from moco.errors import ConfigError
 
@@ -50,6 +51,16 @@ def kernel(source: str, name: str, num_pointers: int, *sizes: type) -> ctypes._C
     return function
 
 
+def computes(module: nn.Module) -> bool:
+    """Whether `use_kernels_` chose the module for what it does now; not where something that is
+    hooked onto it waits for its call."""
+    if not getattr(module, "compiled", False):
+        return False
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_hooks
+    evaluates = getattr(module, "compiled_evaluation", False) and not torch.is_grad_enabled()
+    return (module.training or evaluates) and not any(hooks)
+
+
 def is_compiled() -> bool:
     """Whether this process has the kernels."""
     return _compiled.cache_info().currsize > 0
@@ -73,7 +84,7 @@ def _compiled() -> tuple[dict[str, ctypes.CDLL], float]:
     if compiler is None:
         raise ConfigError(
             f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install one, "
-            "or set TRAIN.COMPILE eager"
+            "or set COMPILE eager"
         )
     with tempfile.TemporaryDirectory() as folder:
         built = {source: Path(folder) / f"{source.stem}.so" for source in _SOURCES}
@@ -94,7 +105,7 @@ def _compile(compiler: str, built: dict[Path, Path]) -> None:
             first = (text.strip() or "no message").splitlines()[0]
             raise ConfigError(
                 f"C++ compiler {compiler!r} does not compile {source.name}: {first}; let CXX name "
-                "one that does (C++17 with OpenMP), or set TRAIN.COMPILE eager"
+                "one that does (C++17 with OpenMP), or set COMPILE eager"
             )
 
 
@@ -105,5 +116,5 @@ def _start(compiler: str, command: Sequence[str]) -> subprocess.Popen:
     except OSError as error:
         raise ConfigError(
             f"C++ compiler {compiler!r} cannot be run ({error.strerror}); let CXX name one "
-            "that can, or set TRAIN.COMPILE eager"
+            "that can, or set COMPILE eager"
         ) from error

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from moco.kernels.compiler import TYPES, has_kernel, kernel
+from moco.kernels.compiler import TYPES, computes, has_kernel, kernel
 
 _CHANNELS = 32  # the kernels take multiples of it
 
@@ -34,29 +34,38 @@ class Convolution(ctypes.Structure):
 
 
 def convolve(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
-    """convolution(x), in training by kernels where `use_kernels_` said so and they have them.
+    """convolution(x), by kernels where they are to be used and exist (`has_kernels`).
 
-    They are for float32 on a processor with AVX2, and under autocast for bfloat16 on one that has
-    it in AVX-512 and no AMX; for multiples of 32 channels, squares, no groups, dilation or bias.
-    The result is channels-last. Gradients to weights are float32 sums.
+    Then the result is channels-last, and gradients to weights are float32 sums.
     """
-    if (
-        convolution.training
-        and getattr(convolution, "compiled", False)
-        and runs(convolution, x_BCHW)
-    ):
-        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        stride, padding = convolution.stride[0], convolution.padding[0]
-        if torch.is_grad_enabled():
-            return _Convolve.apply(x_BCHW, convolution.weight, stride, padding)
-        return forward(x_BCHW, convolution.weight, stride, padding)
+    if has_kernels(convolution, x_BCHW):
+        return by_kernels(convolution, x_BCHW)
     return convolution(x_BCHW)
 
 
+def has_kernels(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> bool:
+    """Whether `use_kernels_` chose the layer for what it does now, and the kernels have it.
+
+    They are for float32 on a processor with AVX2, and under autocast for bfloat16 on one that has
+    it in AVX-512 and no AMX; for multiples of 32 channels, squares, no groups and no dilation.
+    """
+    return computes(convolution) and runs(convolution, x_BCHW)
+
+
+def by_kernels(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """`convolve` where `has_kernels`."""
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    geometry = convolution.stride[0], convolution.padding[0]
+    if torch.is_grad_enabled():
+        y_BKHW = _Convolve.apply(x_BCHW, convolution.weight, *geometry)
+    else:
+        y_BKHW = forward(x_BCHW, convolution.weight, *geometry)
+    return y_BKHW if convolution.bias is None else _add_bias(y_BKHW, convolution.bias)
+
+
 def linear(layer: nn.Linear, x_BC: torch.Tensor) -> torch.Tensor:
-    """layer(x), in training as a 1x1 convolution on the same terms as `convolve`."""
-    chosen = layer.training and getattr(layer, "compiled", False)
-    if not (chosen and runs(layer, x_BC)):
+    """layer(x), as a 1x1 convolution on the same terms as `convolve`."""
+    if not (computes(layer) and runs(layer, x_BC)):
         return F.linear(x_BC, layer.weight, layer.bias)
     pixels = x_BC[:, :, None, None].contiguous(memory_format=torch.channels_last)
     weight = layer.weight[:, :, None, None]
@@ -86,7 +95,6 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
         and convolution.padding_mode == "zeros"
         and convolution.dilation == (1, 1)
         and convolution.groups == 1
-        and convolution.bias is None
     )
 
 
@@ -138,6 +146,10 @@ def weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> 
     layer = _describe(x_BCHW, dy_BKHW, weight_KCRS.shape[2], stride, padding)
     _call("weight_gradient", x_BCHW, (layer,), x_BCHW, dy_BKHW, dweight)
     return dweight
+
+
+def _add_bias(y_BKHW: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return y_BKHW + bias.to(y_BKHW.dtype).view(-1, 1, 1)
 
 
 class _Convolve(torch.autograd.Function):

@@ -22,7 +22,7 @@ class _Norm(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "groups")),
-        *((name, ctypes.c_int64) for name in ("threads", "relu")),
+        *((name, ctypes.c_int64) for name in ("threads", "relu", "evaluating")),
         *((name, ctypes.c_double) for name in ("eps", "momentum")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var")),
         ("tracked", ctypes.c_void_p),
@@ -41,7 +41,8 @@ def norm_relu(
     relu: bool = True,
     shortcut_BCHW: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """relu(norm(x) + shortcut) in training mode, channels-last; updates the running statistics.
+    """relu(norm(x) + shortcut), channels-last; in training it updates the running statistics, in
+    evaluation, which is without gradient, it uses them.
 
     Args:
         x_BCHW: float32 or bfloat16 on a CPU. Without gradient it is overwritten by the result.
@@ -86,15 +87,17 @@ def forward(
 ) -> tuple[torch.Tensor, Saved]:
     """`norm_relu` of channels-last tensors into `out`, which may be x."""
     batch, channels, height, width = x_BCHW.shape
-    check_values(x_BCHW.shape, groups)
+    if norm.training:
+        check_values(x_BCHW.shape, groups)
     stats = torch.empty(4, groups, channels, dtype=torch.float32)
     first, step = stats.data_ptr(), 4 * groups * channels
     parameters = (
         norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
     )  # fmt: skip
     layer = _Norm(
-        batch, height * width, channels, groups, torch.get_num_threads(), relu, norm.eps,
-        norm.momentum, *map(_address, parameters), *range(first, first + 4 * step, step),
+        batch, height * width, channels, groups, torch.get_num_threads(), relu,
+        not norm.training, norm.eps, norm.momentum, *map(_address, parameters),
+        *range(first, first + 4 * step, step),
     )  # fmt: skip
     function = kernel("batch_norm", f"forward_{TYPES[x_BCHW.dtype]}", 3, _POINTER)
     function(layer, x_BCHW.data_ptr(), _address(shortcut_BCHW), out.data_ptr())

@@ -1,4 +1,4 @@
-// A residual block in training: which kernels run, in which order, on which tensors.
+// A residual block: which kernels run, in which order, on which tensors.
 //
 // Between two kernels of a millisecond Python costs more than it looks: what it needs has left the
 // cache. Here it is asked once a block.
@@ -22,7 +22,7 @@ struct Kernels {
 
 // `layers` convolutions, each with its norm, and then perhaps that of the shortcut.
 struct Block {
-  int64_t layers, has_downsample, groups;
+  int64_t layers, has_downsample, groups, evaluating;
   const Convolution* convolutions;
   Kernels kernels;
 };
@@ -62,8 +62,8 @@ Norm norm_of(const Block& b, int64_t number, const Layer& l) {
   const Convolution& c = b.convolutions[number];
   const int64_t step = b.groups * c.out_channels;
   const bool relu = number < b.layers;
-  return {c.images, c.out_height * c.out_width, c.out_channels, b.groups, c.threads, relu, l.eps,
-          l.momentum, l.weight, l.bias, l.running_mean, l.running_var, l.tracked, l.stats,
+  return {c.images, c.out_height * c.out_width, c.out_channels, b.groups, c.threads, relu,
+          b.evaluating, l.eps, l.momentum, l.weight, l.bias, l.running_mean, l.running_var, l.tracked, l.stats,
           l.stats + step, l.stats + 2 * step, l.stats + 3 * step};
 }
 

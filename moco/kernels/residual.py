@@ -1,4 +1,4 @@
-"""A residual block for training on a CPU as one function, of autograd too.
+"""A residual block on a CPU as one function, of autograd too.
 
 Gradients of the block's two branches are added where the last of them is made, gradients that
 nobody else sees are overwritten, and Python and autograd are asked once a block instead of once a
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from moco.kernels.compiler import TYPES, is_compiled, kernel, library
+from moco.kernels.compiler import TYPES, computes, is_compiled, kernel, library
 from moco.kernels.convolution import Convolution, in_order, output_shape, runs
 from moco.kernels.norm import check_values
 
@@ -27,11 +27,14 @@ _ALIGNMENT = 64  # bytes, of a cache line
 
 
 def has_kernels(pairs: Sequence[Pair], x_BCHW: torch.Tensor) -> bool:
-    """Whether `residual` can be asked for: all layers are compiled and in training."""
+    """Whether `residual` can be asked for: all layers compute by kernels, none adds a bias."""
+    training = pairs[0][0].training
     return all(
-        norm.training
-        and getattr(norm, "compiled", False)
-        and getattr(convolution, "compiled", False)
+        convolution.bias is None
+        and norm is not None
+        and norm.training == convolution.training == training
+        and computes(norm)
+        and computes(convolution)
         and runs(convolution, x_BCHW)
         for convolution, norm in pairs
     )
@@ -41,7 +44,7 @@ def residual(
     pairs: Sequence[Pair], downsample: Pair | None, x_BCHW: torch.Tensor, groups: int = 1
 ) -> torch.Tensor:
     """relu(layers(x) + shortcut(x)): ReLU also between the layers; the shortcut is x itself or,
-    without ReLU, `downsample`. Running statistics are updated.
+    without ReLU, `downsample`. In training running statistics are updated, else they are used.
 
     Args:
         x_BCHW: of a type that `has_kernels` accepts. The result is channels-last.
@@ -56,7 +59,7 @@ def residual(
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
     plan = _plan(
         x_BCHW.shape, x_BCHW.dtype, geometry, downsample is not None, groups,
-        torch.get_num_threads(),
+        not layers[0][0].training, torch.get_num_threads(),
     )  # fmt: skip
     norms = [norm for _, norm in layers]
     parameters = [p for conv, norm in layers for p in (conv.weight, norm.weight, norm.bias)]
@@ -88,7 +91,7 @@ class _Block(ctypes.Structure):
     """`Block` of residual.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("layers", "has_downsample", "groups")),
+        *((name, ctypes.c_int64) for name in ("layers", "has_downsample", "groups", "evaluating")),
         ("convolutions", ctypes.POINTER(Convolution)),
         ("kernels", _Kernels),
     ]
@@ -133,6 +136,7 @@ def _plan(
     geometry: tuple[tuple[int, int, int, int], ...],
     has_downsample: bool,
     groups: int,
+    evaluating: bool,
     threads: int,
 ) -> _Plan:
     """geometry: of each layer (outputs, kernel size, stride, padding); last is the downsample's."""
@@ -141,7 +145,8 @@ def _plan(
     for number, layer in enumerate(geometry):
         given = x_shape if number == num_layers else made
         made = output_shape(given, *layer)
-        check_values(made, groups)
+        if not evaluating:
+            check_values(made, groups)
         shapes.append(made)
         convolutions.append(Convolution(*given, *made[1:], *layer[1:], threads))
     functions = [
@@ -152,7 +157,8 @@ def _plan(
         )
     ]  # fmt: skip
     block = _Block(
-        num_layers, has_downsample, groups, (Convolution * len(geometry))(*convolutions),
+        num_layers, has_downsample, groups, evaluating,
+        (Convolution * len(geometry))(*convolutions),
         _Kernels(*(ctypes.cast(function, ctypes.c_void_p) for function in functions)),
     )  # fmt: skip
     last, bytes_ = num_layers - 1, [math.prod(shape) * dtype.itemsize for shape in shapes]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moco.distributed import all_gather_with_gradient, world_size
 from moco.errors import ConfigError
 from moco.kernels import norm as kernels
+from moco.kernels.compiler import computes
 
 
 def choose_norm(norm: str, bn_splits: int) -> Callable[[int], nn.Module]:
@@ -45,7 +46,7 @@ def norm_relu(
 
     In one pass over the memory where `use_kernels_` said so; x may be overwritten.
     """
-    if norm.training and getattr(norm, "compiled", False):
+    if computes(norm):
         groups = groups_of(norm, len(x_BCHW))
         return kernels.norm_relu(
             norm, x_BCHW, groups=groups, relu=relu, shortcut_BCHW=shortcut_BCHW
@@ -57,8 +58,9 @@ def norm_relu(
 
 
 def groups_of(norm: nn.Module, batch: int) -> int:
-    """Groups of the images that are normalised separately in training."""
-    return norm.groups_of(batch) if isinstance(norm, SplitBatchNorm2d) else 1
+    """Groups of the images that are normalised separately."""
+    is_split = isinstance(norm, SplitBatchNorm2d) and norm.training
+    return norm.groups_of(batch) if is_split else 1
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):

@@ -77,20 +77,22 @@ class FusedSGD(torch.optim.SGD):
     `found_inf`, a scalar on the device, is 1.
 
     Args:
-        parameters: tensors that may lack a gradient; those are left alone.
-        lr: learning rate. momentum, weight_decay: factors.
+        parameters: tensors, or torch's groups of them, that may lack a gradient; those are left
+            alone.
+        lr: learning rate. momentum, weight_decay: factors. nesterov: as torch's.
     """
 
     def __init__(
         self,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable,
         *,
         lr: float,
         momentum: float,
         weight_decay: float,
+        nesterov: bool = False,
     ):
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(parameters, **options, fused=True)
+        super().__init__(parameters, **options, nesterov=nesterov, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -107,7 +109,7 @@ class FusedSGD(torch.optim.SGD):
                 momentum=group["momentum"],
                 lr=group["lr"],
                 dampening=0.0,
-                nesterov=False,
+                nesterov=group["nesterov"],
                 maximize=False,
                 is_first_step=False,  # from a buffer of zeros it gives what the first step does
                 found_inf=getattr(self, "found_inf", None),
@@ -146,12 +148,17 @@ def build_optimizer(cfg: CfgNode, method: torch.nn.Module) -> torch.optim.Optimi
     else:
         kind = FusedSGD if fused else torch.optim.SGD
         optimizer = kind(parameters, momentum=train.SGD_MOMENTUM, **options)
-    # A loaded state brings the choice and the memory order of the process that saved it.
+    keep_memory_order_(optimizer, fused=fused)
+    return optimizer
+
+
+def keep_memory_order_(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
+    """Let loaded states and, for `fused` kernels, gradients lie in memory as their weights do. A
+    loaded state brings the choice and the memory order of the process that saved it."""
     after_load = functools.partial(_after_load, fused or None)
     optimizer.register_load_state_dict_post_hook(after_load)
     if fused:
         optimizer.register_step_pre_hook(_conform_gradients)
-    return optimizer
 
 
 def _after_load(fused: bool | None, optimizer: torch.optim.Optimizer) -> None:

@@ -43,6 +43,7 @@ def test_extra_keys_have_their_defaults():
         "TEST.ROUND_DETECTIONS": True,
         "TEST.AMP.ENABLED": False,
         "MODEL.CHANNELS_LAST": False,
+        "MODEL.COMPILE": "eager",
         "SOLVER.PROGRESS_PERIOD": 20,
         "DATALOADER.STREAM": "stateless",
     }

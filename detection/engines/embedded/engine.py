@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from detection.data.loader import WORKERS_KEY, test_samples
+from detection.data.loader import test_loader, test_sample
+from detection.data.sample_loader import WORKERS_KEY
 from detection.engines.base import FINAL_MODEL, Detections, Run
+from detection.engines.embedded.acceleration import accelerate_
 from detection.engines.embedded.faster_rcnn import GeneralizedRCNN, build_model
 from detection.engines.embedded.mask_head import encode_masks
 from detection.engines.embedded.precise_bn import update_bn_statistics
@@ -38,6 +40,7 @@ from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
 from moco.errors import NonFiniteError, dead_worker_as_data_error
+from moco.kernels.compiler import compile_kernels
 from moco.training.checkpoint import verify_manifest
 
 
@@ -54,7 +57,10 @@ class EmbeddedEngine:
 
     def check(self, cfg: CfgNode, *, eval_only: bool) -> str:
         model = build_model(cfg)
-        lr_at(cfg, 0)  # a schedule that cannot be built is an error here, not after the data check
+        # What cannot be built is an error here, not after the data check.
+        lr_at(cfg, 0)
+        if cfg.MODEL.COMPILE == "kernels":
+            compile_kernels()
         return load_initial_weights(model, cfg, eval_only=eval_only)
 
     def train(self, run: Run) -> None:
@@ -65,13 +71,14 @@ class EmbeddedEngine:
         model = build_model(cfg)
         load_initial_weights(model, cfg, eval_only=False)
         model.to(process.device).train()
+        compiled = accelerate_(model, cfg, process.device)
         optimizer = build_optimizer(cfg, model)
         start = _resume(run, model, optimizer, randomness) if run.resume else 0
         if start is None:  # the final model is there
             return
         distributed.broadcast_state(model)
         distributed.check_equal_across_ranks(model.state_dict(), "model at start", process.device)
-        if note := amp_note(cfg, process.device):
+        for note in filter(None, (compiled, amp_note(cfg, process.device))):
             say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
             with stop_on_sigterm() as stop, dead_worker_as_data_error(WORKERS_KEY):
@@ -87,16 +94,30 @@ class EmbeddedEngine:
         distributed.barrier()
 
     def predict(self, run: Run, records: Sequence[dict]) -> Detections:
-        detect = self.detector(run)
-        own = records[_own_part(len(records), run.process)]
+        cfg, process = run.cfg, run.process
+        model = self._trained(run)
+        own = records[_own_part(len(records), process)]
+        samples = test_loader(own, cfg, num_workers=cfg.DATALOADER.NUM_WORKERS)
         detections = {}
-        for number, record in enumerate(own, start=1):
-            detections[record["image_id"]] = detect(record)
-            if number % 500 == 0 or number == len(own):
-                say(run, f"predicted {number}/{len(own)} images of rank 0")
-        return gather_detections(detections, run.process)
+        with dead_worker_as_data_error(WORKERS_KEY):
+            for number, (sample,) in enumerate(samples, start=1):
+                detections[sample["image_id"]] = _detect(model, sample, run)
+                if number % 500 == 0 or number == len(own):
+                    say(run, f"predicted {number}/{len(own)} images of rank 0")
+        samples.close()
+        return gather_detections(detections, process)
 
     def detector(self, run: Run) -> Callable[[dict], tuple]:
+        model = self._trained(run)
+
+        def detect(record: dict) -> tuple:
+            return _detect(model, test_sample(record, run.cfg), run)
+
+        return detect
+
+    @staticmethod
+    def _trained(run: Run) -> GeneralizedRCNN:
+        """The detector of the run, or of MODEL.WEIGHTS with `run.eval_only`, in eval mode."""
         model = build_model(run.cfg)
         if run.eval_only:
             load_initial_weights(model, run.cfg, eval_only=True)
@@ -104,18 +125,19 @@ class EmbeddedEngine:
             verify_manifest(run.output_dir / FINAL_MODEL)
             load_state(run, run.output_dir / FINAL_MODEL, model)
         model.to(run.process.device).eval()
+        accelerate_(model, run.cfg, run.process.device)
+        return model
 
-        def detect(record: dict) -> tuple:
-            (sample,) = test_samples([record], run.cfg)
-            with _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED):
-                found = model.inference([sample])[0]
-            detected = tuple(found[key].cpu().numpy() for key in ("boxes", "scores", "classes"))
-            if run.cfg.MODEL.MASK_ON:
-                size = sample["height"], sample["width"]
-                detected += (encode_masks(found["mask_probs"], found["boxes"], *size),)
-            return detected
 
-        return detect
+def _detect(model: GeneralizedRCNN, sample: dict, run: Run) -> tuple:
+    """The entry of one test sample in `Detections`."""
+    with _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED):
+        found = model.inference([sample])[0]
+    detected = tuple(found[key].cpu().numpy() for key in ("boxes", "scores", "classes"))
+    if run.cfg.MODEL.MASK_ON:
+        size = sample["height"], sample["width"]
+        detected += (encode_masks(found["mask_probs"], found["boxes"], *size),)
+    return detected
 
 
 def _train_iterations(

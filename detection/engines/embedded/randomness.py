@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from detection.data.detectron2_stream import Detectron2Stream
-from detection.data.loader import SampleDraw, TrainLoader, train_loader
+from detection.data.loader import SampleDraw, train_loader
+from detection.data.sample_loader import Loader
 from detection.engines.base import Run
 from moco.errors import CheckpointError
 from moco.seeding import derive_seed
@@ -26,13 +27,13 @@ class Randomness(Protocol):
     def seed_model(self) -> None:
         """Before the model is built."""
 
-    def training_batches(self, start_iteration: int) -> TrainLoader:
+    def training_batches(self, start_iteration: int) -> Loader:
         """The batches of this rank."""
 
     def seed_step(self, iteration: int) -> None:
         """Before each iteration: RPN and ROI heads sample with torch's global generator."""
 
-    def precise_bn_batches(self) -> TrainLoader:
+    def precise_bn_batches(self) -> Loader:
         """The batches of precise batch norm; what its forward passes draw is seeded too."""
 
     def states(self) -> list[dict] | None:
@@ -61,13 +62,13 @@ class StatelessRandomness:
     def seed_model(self) -> None:
         torch.manual_seed(derive_seed(self._run.seed, "detection-init"))
 
-    def training_batches(self, start_iteration: int) -> TrainLoader:
+    def training_batches(self, start_iteration: int) -> Loader:
         return self._loader(self._run.seed, start_iteration)
 
     def seed_step(self, iteration: int) -> None:
         self._seed_step(self._run.seed, iteration)
 
-    def precise_bn_batches(self) -> TrainLoader:
+    def precise_bn_batches(self) -> Loader:
         seed = derive_seed(self._run.seed, "precise-bn")
         self._seed_step(seed, 0)
         return self._loader(seed, 0)
@@ -82,7 +83,7 @@ class StatelessRandomness:
         rank = self._run.process.rank
         torch.manual_seed(derive_seed(seed, "detection-step", iteration, rank))
 
-    def _loader(self, seed: int, start_iteration: int) -> TrainLoader:
+    def _loader(self, seed: int, start_iteration: int) -> Loader:
         run = self._run
         return train_loader(
             run.data.train_records,
@@ -119,14 +120,14 @@ class Detectron2Randomness:
     def seed_model(self) -> None:
         self._stream.seed_torch()
 
-    def training_batches(self, start_iteration: int) -> TrainLoader:
+    def training_batches(self, start_iteration: int) -> Loader:
         draws = self._training_draws(start_iteration)
         return self._stream.load(draws, num_processes=self._num_processes)
 
     def seed_step(self, iteration: int) -> None:
         pass
 
-    def precise_bn_batches(self) -> TrainLoader:
+    def precise_bn_batches(self) -> Loader:
         if not self._started:  # a resumed run that had only this left
             self._training_draws(self._num_iterations)
         draws = self._stream.precise_bn_draws()

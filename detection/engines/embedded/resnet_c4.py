@@ -13,6 +13,9 @@ from torch import nn
 from detection.engines.embedded.norm import build_norm, freeze
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
+from moco.kernels import convolution, residual
+from moco.kernels import norm as norms
+from moco.kernels.compiler import computes
 
 STRIDE = 16  # of res4
 _NUM_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -27,9 +30,20 @@ class NormedConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=False, **kw)
         self.norm = build_norm(norm, out_channels)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        x_BCHW = super().forward(x_BCHW)
-        return x_BCHW if self.norm is None else self.norm(x_BCHW)
+    def forward(self, x_BCHW: torch.Tensor, *, relu: bool = False) -> torch.Tensor:
+        if convolution.has_kernels(self, x_BCHW):
+            x_BCHW = convolution.by_kernels(self, x_BCHW)
+        else:
+            x_BCHW = super().forward(x_BCHW)
+        return _norm_relu(self.norm, x_BCHW, relu)
+
+
+def _norm_relu(norm: nn.Module | None, x_BCHW: torch.Tensor, relu: bool) -> torch.Tensor:
+    """norm(x) and perhaps ReLU; x may be overwritten."""
+    if norm is not None and computes(norm):
+        return norms.norm_relu(norm, x_BCHW, relu=relu)
+    y_BCHW = x_BCHW if norm is None else norm(x_BCHW)
+    return F.relu_(y_BCHW) if relu else y_BCHW
 
 
 def _msra_init(conv: nn.Conv2d) -> None:
@@ -45,7 +59,7 @@ class Stem(nn.Module):
         _msra_init(self.conv1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        x_BCHW = F.relu_(self.conv1(x_BCHW))
+        x_BCHW = self.conv1(x_BCHW, relu=True)
         return F.max_pool2d(x_BCHW, kernel_size=3, stride=2, padding=1)
 
 
@@ -80,11 +94,24 @@ class Bottleneck(nn.Module):
                 _msra_init(conv)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        residual = F.relu_(self.conv1(x_BCHW))
-        residual = F.relu_(self.conv2(residual))
-        residual = self.conv3(residual)
-        residual += x_BCHW if self.shortcut is None else self.shortcut(x_BCHW)
-        return F.relu_(residual)
+        pairs = [(conv, conv.norm) for conv in (self.conv1, self.conv2, self.conv3)]
+        shortcut = None if self.shortcut is None else (self.shortcut, self.shortcut.norm)
+        if residual.has_kernels(pairs if shortcut is None else [*pairs, shortcut], x_BCHW):
+            return residual.residual(pairs, shortcut, x_BCHW)
+        y_BCHW = self.conv2(self.conv1(x_BCHW, relu=True), relu=True)
+        y_BCHW = self.conv3(y_BCHW)
+        y_BCHW += x_BCHW if self.shortcut is None else self.shortcut(x_BCHW)
+        return F.relu_(y_BCHW)
+
+
+class Res5(nn.Sequential):
+    """Blocks and perhaps the child `norm`, a batch norm of their output."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            is_block = isinstance(layer, Bottleneck)
+            x_BCHW = layer(x_BCHW) if is_block else _norm_relu(layer, x_BCHW, False)
+        return x_BCHW
 
 
 class ResNet(nn.Module):
@@ -141,9 +168,9 @@ def build_stage(cfg: CfgNode, stage: int, num_blocks: int) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-def build_head_res5(cfg: CfgNode) -> nn.Sequential:
+def build_head_res5(cfg: CfgNode) -> Res5:
     """The res5 that the ROI heads apply to each pooled region."""
-    return build_stage(cfg, 5, _NUM_HEAD_BLOCKS)
+    return Res5(*build_stage(cfg, 5, _NUM_HEAD_BLOCKS))
 
 
 def build_backbone(cfg: CfgNode) -> ResNet:

@@ -18,10 +18,30 @@ from detection.data.masks import Masks
 from detection.engines.embedded.losses import smooth_l1_loss
 from detection.engines.embedded.mask_head import MaskHead, build_mask_head, crop_masks, mask_loss
 from detection.engines.embedded.norm import build_norm
-from detection.engines.embedded.resnet_c4 import STRIDE, build_head_res5, channels
+from detection.engines.embedded.resnet_c4 import STRIDE, Res5, build_head_res5, channels
 from detection.engines.embedded.rpn import Sizes, sample_balanced
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
+from moco.kernels.roi_align import roi_align
+
+
+class Pooler(RoIAlign):
+    """torchvision's RoIAlign, by a kernel where `compiled` is set: [R, C, side, side]."""
+
+    compiled = False
+
+    def forward(self, features_BCHW: torch.Tensor, rois_R5: torch.Tensor) -> torch.Tensor:
+        # Under autocast torchvision's casts to float32, and its result back.
+        if not self.compiled:
+            return super().forward(features_BCHW, rois_R5)
+        return roi_align(
+            features_BCHW,
+            rois_R5,
+            side=self.output_size[0],
+            scale=self.spatial_scale,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
 
 
 @dataclass(frozen=True)
@@ -147,8 +167,8 @@ class Res5ROIHeads(nn.Module):
     def __init__(
         self,
         *,
-        pooler: RoIAlign,
-        res5: nn.Sequential,
+        pooler: Pooler,
+        res5: Res5,
         box_predictor: BoxPredictor,
         mask_head: MaskHead | None,
         iou_threshold: float,
@@ -267,7 +287,7 @@ def build_roi_heads(cfg: CfgNode) -> Res5ROIHeads:
             f"MODEL.ROI_HEADS.NAME is {options.NAME!r}; allowed: Res5ROIHeads, "
             "Res5ROIHeadsExtraNorm; change the value"
         )
-    pooler = RoIAlign(
+    pooler = Pooler(
         (box_options.POOLER_RESOLUTION, box_options.POOLER_RESOLUTION),
         spatial_scale=1.0 / STRIDE,
         sampling_ratio=box_options.POOLER_SAMPLING_RATIO,

@@ -17,6 +17,8 @@ from detection.engines.embedded.resnet_c4 import STRIDE, channels
 from moco.cfgnode import CfgNode
 from moco.distributed import any_rank
 from moco.errors import NonFiniteError
+from moco.kernels.convolution import convolve
+from moco.kernels.nms import nms
 
 Sizes = list[tuple[int, int]]  # (height, width) of each image
 
@@ -35,7 +37,7 @@ class RPNHead(nn.Module):
 
     def forward(self, features_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, A] and deltas [B, A, 4] in float32, in the order of `AnchorGrid`."""
-        hidden = F.relu(self.conv(features_BCHW))
+        hidden = F.relu(convolve(self.conv, features_BCHW))
         logits = self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.anchor_deltas(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
         return logits.float(), deltas.flatten(1, 3).float()
@@ -51,6 +53,8 @@ class RPN(nn.Module):
         pre_nms_topk, post_nms_topk: (in training, in test).
         min_box_size: sides must be longer than this, in pixels.
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -184,10 +188,16 @@ class RPN(nn.Module):
             boxes_i = clip_boxes_to_image(boxes_i, size)
             large = (boxes_i[:, 2:] - boxes_i[:, :2] > self.min_box_size).all(dim=1)
             boxes_i, scores_i = boxes_i[finite_i & large], scores_i[finite_i & large]
-            one_group = torch.zeros_like(scores_i, dtype=torch.int64)
-            keep = batched_nms(boxes_i, scores_i, one_group, self.nms_threshold)
-            proposals.append(boxes_i[keep[: self.post_nms_topk[in_test]]])
+            proposals.append(boxes_i[self._suppress(boxes_i, scores_i, in_test)])
         return proposals
+
+    def _suppress(self, boxes: torch.Tensor, scores: torch.Tensor, in_test: int) -> torch.Tensor:
+        """Indices of the proposals of an image, best first."""
+        most = self.post_nms_topk[in_test]
+        if self.compiled:
+            return nms(boxes, self.nms_threshold, most)
+        one_group = torch.zeros_like(scores, dtype=torch.int64)
+        return batched_nms(boxes, scores, one_group, self.nms_threshold)[:most]
 
 
 def sample_balanced(

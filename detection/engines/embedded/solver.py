@@ -17,6 +17,7 @@ from torch import nn
 from detection.engines.embedded.norm import TRAINABLE_NORMS
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
+from moco.training.optimizer import FusedSGD, keep_memory_order_
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
@@ -24,7 +25,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
 
     Weights and biases decay by WEIGHT_DECAY, norms by WEIGHT_DECAY_NORM. Everything called
     `bias`, those of norms included, follows WEIGHT_DECAY_BIAS (None: no rule of its own) and
-    BIAS_LR_FACTOR. Each group keeps `initial_lr`, which `set_lr` multiplies.
+    BIAS_LR_FACTOR. Each group keeps `initial_lr`, which `set_lr` multiplies. With MODEL.COMPILE
+    "kernels" a step is one pass over the memory.
     """
     solver = cfg.SOLVER
     groups: dict[tuple, list[nn.Parameter]] = {}
@@ -40,17 +42,21 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
             if name == "bias" and solver.WEIGHT_DECAY_BIAS is not None:
                 options["weight_decay"] = solver.WEIGHT_DECAY_BIAS
             groups.setdefault(tuple(options.items()), []).append(parameter)
-    return torch.optim.SGD(
-        [
-            {"params": parameters, "initial_lr": dict(options)["lr"], **dict(options)}
-            for options, parameters in groups.items()
-        ],
-        lr=solver.BASE_LR,
-        momentum=solver.MOMENTUM,
-        weight_decay=solver.WEIGHT_DECAY,
-        nesterov=solver.NESTEROV,
-        foreach=True,
-    )
+    param_groups = [
+        {"params": parameters, "initial_lr": dict(options)["lr"], **dict(options)}
+        for options, parameters in groups.items()
+    ]
+    options = {
+        "lr": solver.BASE_LR,
+        "momentum": solver.MOMENTUM,
+        "weight_decay": solver.WEIGHT_DECAY,
+        "nesterov": solver.NESTEROV,
+    }
+    if cfg.MODEL.COMPILE != "kernels":
+        return torch.optim.SGD(param_groups, **options, foreach=True)
+    optimizer = FusedSGD(param_groups, **options)
+    keep_memory_order_(optimizer, fused=True)
+    return optimizer
 
 
 def lr_at(cfg: CfgNode, iteration: int) -> float:

@@ -24,6 +24,8 @@ DATASETS: {{VOC_ROOT: "{root}", VOC_CLASSES: [circle], TRAIN: [train], TEST: [te
 SOLVER: {{IMS_PER_BATCH: 2, BASE_LR: 0.001}}
 """
 
+SIDES = {"embedded fp32", "embedded fp32, kernels", "embedded fast, eager", "embedded fast"}
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -45,11 +47,13 @@ def test_without_detectron2_this_project_is_measured_alone(config, tmp_path, mon
     monkeypatch.setattr(Detectron2Engine, "unavailable_reason", lambda self: "not installed")
     content = measure(config, tmp_path / "d.json")
     for what in ("training iteration", "test image"):
-        assert set(content[what]) == {"embedded fp32", "embedded fast"}
+        assert set(content[what]) == SIDES
         assert content[what]["embedded fp32"]["speedup"] == 1.0
         assert content[what]["embedded fast"]["rounds"] == 3
     out = capsys.readouterr().out
     assert "Detectron2 is left out: not installed" in out and "| embedded fast |" in out
+    assert content["settings"]["embedded fast"]["MODEL.COMPILE"] == "kernels"
+    assert content["settings"]["embedded fp32"] == {}
     assert content["images_per_batch"] == 2 and "cpu" in content["machine"]
 
 
@@ -57,7 +61,7 @@ def test_without_detectron2_this_project_is_measured_alone(config, tmp_path, mon
 def test_both_engines_are_measured_on_the_same_images(config, tmp_path):
     pytest.importorskip("detectron2")
     content = measure(config, tmp_path / "d.json")
-    assert list(content["test image"]) == ["detectron2 fp32", "embedded fp32", "embedded fast"]
+    assert set(content["test image"]) == {"detectron2 fp32", *SIDES}
     assert "detectron2" in content["versions"]
 
 

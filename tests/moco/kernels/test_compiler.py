@@ -15,7 +15,7 @@ from moco.kernels import compiler
 )
 def test_a_compiler_that_fails_is_one_line(monkeypatch, command, message):
     monkeypatch.setenv("CXX", command)
-    with pytest.raises(ConfigError, match=f"{message}.*TRAIN.COMPILE eager") as raised:
+    with pytest.raises(ConfigError, match=f"{message}.*set COMPILE eager") as raised:
         compiler._compiled.__wrapped__()
     assert "\n" not in str(raised.value)
 

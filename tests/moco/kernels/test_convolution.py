@@ -102,6 +102,18 @@ def test_equals_float64(shape, threads, dtype, calls):
         assert max(worst(run(copy.deepcopy(conv), changed, upstream)[0], expected).values()) > 0.05
 
 
+def test_with_a_bias(dtype, calls):
+    conv, x = layer(32, 64, 3, 1, bias=True), images(3, 32, 6, 5, dtype)
+    ours, upstream = run(conv, x)
+    assert calls == ["convolution", "convolution", "weight_gradient"]
+    expected = exact(conv, x, upstream)
+    assert max(worst(ours, expected).values()) < 2 * TOLERANCE[dtype]
+    added = upstream.double().sum((0, 2, 3))
+    assert (conv.bias.grad - added).abs().max() < 2 * TOLERANCE[dtype] * added.abs().max()
+    conv.bias.data.zero_()  # negative control
+    assert max(worst(run(conv, x, upstream)[0], expected).values()) > 0.05
+
+
 def test_many_images_and_threads(dtype):
     """Every way of dividing the work: pixels or weights among threads, one or several chunks."""
     for batch, size, channels, threads in ((64, 14, 64, 2), (40, 28, 64, 5), (48, 56, 32, 1),
@@ -175,7 +187,7 @@ def test_a_nan_of_any_bits_in_the_weights_is_seen(dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        {"inputs": 3}, {"outputs": 40}, {"groups": 2}, {"dilation": 2}, {"bias": True},
+        {"inputs": 3}, {"outputs": 40}, {"groups": 2}, {"dilation": 2},
         {"padding_mode": "circular"}, {"stride": (1, 2)}, {"kernel": (3, 1)}, {"padding": "same"},
         {"padding": 3},
     ],
@@ -203,3 +215,29 @@ def test_other_types_and_evaluation_are_torchs(calls):
     plain = nn.Conv2d(32, 32, 1, bias=False)
     assert torch.equal(convolve(plain, x), plain(x))
     assert calls == []
+
+
+def test_evaluation_by_kernels_where_it_was_asked_for(calls, dtype):
+    conv, x = layer(32, 64, 3, 2).eval(), images(3, 32, 6, 5, dtype)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.no_grad(), autocast:
+        expected = convolve(copy.deepcopy(conv).train(), x)
+        calls.clear()
+        convolve(conv, x)
+        assert calls == []
+        use_kernels_(conv, evaluation=True)
+        assert torch.equal(convolve(conv, x), expected) and calls == ["convolution"]
+    calls.clear()
+    with autocast:
+        convolve(conv, x)  # with gradient
+    assert calls == []
+
+
+def test_a_hook_is_called(calls):
+    conv, x, seen = layer(32, 64, 3, 1), images(2, 32, 6, 5, torch.float32), []
+    handle = conv.register_forward_hook(lambda *_: seen.append(1))
+    convolve(conv, x)
+    assert seen == [1] and calls == []
+    handle.remove()
+    convolve(conv, x)
+    assert calls == ["convolution"]

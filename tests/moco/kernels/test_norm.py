@@ -145,6 +145,43 @@ def test_evaluation_is_torchs():
     assert torch.equal(norm_relu(norm.eval(), x, shortcut), expected)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("groups", "with_shortcut", "relu"), CASES)
+def test_evaluation_by_kernels_where_it_was_asked_for(dtype, groups, with_shortcut, relu):
+    norm = make_norm(37, groups)
+    norm.running_mean.copy_(torch.linspace(-1, 1, 37))
+    norm.running_var.copy_(torch.linspace(0.5, 2, 37))
+    norm.eval()
+    buffers = copy.deepcopy(dict(norm.named_buffers()))
+    exact = copy.deepcopy(norm).double()
+    use_kernels_(norm, evaluation=True)
+    x, shortcut, _ = (t[:3] for t in tensors(dtype))  # 3 images: not whole groups
+    shortcut = shortcut if with_shortcut else None
+    exact_shortcut = None if shortcut is None else shortcut.double()
+    expected = norm_relu(exact, x.double(), exact_shortcut, relu=relu)
+    with torch.no_grad():
+        ours = norm_relu(norm, x.clone(), shortcut, relu=relu)
+        other = norm_relu(norm, x.flip(0).clone(), shortcut, relu=relu)  # negative control
+    assert differences({"y": ours.double()}, {"y": expected})["y"] < TOLERANCE[dtype]
+    assert differences({"y": other.double()}, {"y": expected})["y"] > 0.05
+    for name, buffer in norm.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_a_hook_is_called_and_one_value_is_enough_to_evaluate():
+    norm, seen = make_norm(37, 1), []
+    use_kernels_(norm, evaluation=True)
+    handle = norm.register_forward_pre_hook(lambda *_: seen.append(1))
+    x, _, _ = tensors(torch.float32)
+    norm_relu(norm, x)
+    assert seen == [1]
+    handle.remove()
+    norm_relu(norm, x)
+    assert seen == [1]
+    with torch.no_grad():
+        norm_relu(norm.eval(), x[:1, :, :1, :1])
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_a_whole_network(arch):
     """Outputs, gradients and statistics are as near to float64's as torch's own float32."""

@@ -131,6 +131,45 @@ def test_without_gradient_the_same_values(where, dtype):
     assert all(torch.equal(buffer, expected[name]) for name, buffer in made.named_buffers())
 
 
+@pytest.mark.parametrize("where", BLOCKS, ids=str)
+def test_evaluation_by_kernels_where_it_was_asked_for(where, dtype, monkeypatch):
+    made = block(*where, bn_splits=2)
+    with torch.no_grad():
+        for name, buffer in made.named_buffers():
+            if "running" in name:
+                buffer.add_(0.3 * torch.rand(buffer.shape))
+    made.eval()
+    buffers = copy.deepcopy(dict(made.named_buffers()))
+    x = torch.randn(3, channels_in(made), 9, 9).to(dtype).to(memory_format=torch.channels_last)
+    exact, plain = copy.deepcopy(made).double(), copy.deepcopy(made)
+    use_kernels_(made, evaluation=True)
+    used, function = [], residual.residual
+    monkeypatch.setattr(residual, "residual", lambda *a: (used.append(1), function(*a))[1])
+    with torch.no_grad():
+        expected = {"y": exact(x.double())}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ours, rounding = {"y": made(x)}, {"y": plain(x)}
+            other = {"y": made(x.flip(0))}
+    assert used == [1, 1]
+    found, torchs = worst(ours, expected)["y"], worst(rounding, expected)["y"]
+    assert found < 1.25 * torchs + 1e-6, (found, torchs)
+    assert worst(other, expected)["y"] > 0.05  # negative control
+    assert all(torch.equal(b, buffers[name]) for name, b in made.named_buffers())
+
+
+def test_a_hook_on_any_layer_is_called():
+    made, seen = block("resnet50", 2, 0), []
+    use_kernels_(made)
+    handle = made.downsample[1].register_forward_pre_hook(lambda *_: seen.append(1))
+    x = torch.randn(4, channels_in(made), 6, 6)
+    with_hook, _ = run(copy.deepcopy(made), x, torch.ones(4, 256, 3, 3))
+    assert seen == [1]
+    handle.remove()
+    without, _ = run(made, x, torch.ones(4, 256, 3, 3))
+    assert seen == [1]
+    assert max(worst(without, with_hook).values()) < TOLERANCE[torch.float32]
+
+
 def test_two_passes_before_their_gradients():
     """Each keeps its own tensors, as a loss of two views needs it."""
     made = block("resnet50", 2, 0)

@@ -18,7 +18,8 @@ from detection.engines.embedded.engine import EmbeddedEngine, amp_note
 from detection.engines.progress import MAX_LINES_OFF_TERMINAL, Progress
 from moco import distributed
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, ConfigError, NonFiniteError
+from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from moco.kernels import compiler
 from moco.training.checkpoint import read_torch_file, save_checkpoint
 
 PROCESS = ProcessInfo(0, 1, 0, torch.device("cpu"))
@@ -53,15 +54,20 @@ TINY = {
     "TEST.PRECISE_BN.ENABLED": True,
     "TEST.PRECISE_BN.NUM_ITER": 1,
 }
+KERNELS = {
+    "MODEL__CHANNELS_LAST": True,
+    "MODEL__COMPILE": "kernels",
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
+}
 ONE_ITERATION = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": ()}
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "shapes"
-    return make_shapes_dataset(
-        root, num_train=6, num_test=3, num_unlabelled=0, size=80, seed=0
-    )
+    return make_shapes_dataset(root, num_train=6, num_test=3, num_unlabelled=0, size=80, seed=0)
 
 
 def make_run(root, output_dir, *, process=PROCESS, seed=3, resume=False, eval_only=False, **keys):
@@ -283,6 +289,51 @@ def test_fast_settings_train_and_predict_close_to_full_precision(shapes, finishe
     np.testing.assert_allclose(*best, rtol=0.1)
 
 
+def test_detections_do_not_depend_on_loader_processes(shapes, finished, tmp_path):
+    weights = finished.output_dir / "model_final.pth"
+    test_records = finished.data.test_records
+    found = []
+    for num_workers in (0, 2):
+        keys = {"MODEL__WEIGHTS": weights, "DATALOADER__NUM_WORKERS": num_workers}
+        run = make_run(shapes, tmp_path, eval_only=True, **keys)
+        found.append(EmbeddedEngine().predict(run, test_records))
+    detect = EmbeddedEngine().detector(run)
+    found.append({record["image_id"]: detect(record) for record in test_records})
+    for image_id, entry in found[0].items():
+        for other in found[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(entry, other[image_id], strict=True))
+    gone = [{**test_records[0], "file_name": "gone.jpg"}]
+    with pytest.raises(DataError, match="gone.jpg"):
+        EmbeddedEngine().predict(run, gone)
+
+
+def test_by_kernels_a_run_is_resumed_exactly(shapes, tmp_path, monkeypatch, capsys):
+    finished = make_run(shapes, tmp_path / "whole", **KERNELS)
+    object.__setattr__(finished, "progress", True)
+    EmbeddedEngine().train(finished)
+    assert "kernels: 107 layers (for this CPU, compiled in" in capsys.readouterr().out
+    run = make_run(shapes, tmp_path / "cut", **KERNELS)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, send_sigterm)
+        with pytest.raises(TrainingStopped):
+            EmbeddedEngine().train(run)
+    EmbeddedEngine().train(make_run(shapes, tmp_path / "cut", resume=True, **KERNELS))
+    assert differing(final_state(run), final_state(finished)) == []
+    eager = make_run(shapes, tmp_path / "eager", **{**KERNELS, "MODEL__COMPILE": "eager"})
+    EmbeddedEngine().train(eager)
+    assert differing(final_state(eager)["model"], final_state(finished)["model"])
+    first, theirs = (records(r)[0]["total_loss"] for r in (finished, eager))
+    assert first == pytest.approx(theirs, rel=1e-2)
+
+
+def test_without_a_compiler_nothing_is_trained(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "_compiled", compiler._compiled.__wrapped__)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    run = make_run(shapes, tmp_path, **KERNELS)
+    with pytest.raises(ConfigError, match="'no-such-compiler' cannot be run.*or set .*COMPILE"):
+        EmbeddedEngine().check(run.cfg, eval_only=False)
+
+
 def test_few_lines_off_a_terminal(tmp_path, capsys):
     progress = Progress(tmp_path, start=0, end=90, period=2, show=True, stream=sys.stdout)
     for iteration in range(90):
@@ -300,10 +351,10 @@ def test_parts_of_the_ranks_cover_all_images_once(total, world):
     assert [i for part in parts for i in range(total)[part]] == list(range(total))
 
 
-def _two_processes(root, output_dir):
+def _two_processes(root, output_dir, keys):
     torch.set_num_threads(1)
     process = distributed.setup_process("cpu")
-    run = make_run(root, output_dir, process=process, SOLVER__MAX_ITER=2, SOLVER__STEPS=())
+    run = make_run(root, output_dir, process=process, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), **keys)
     EmbeddedEngine().train(run)
     detections = EmbeddedEngine().predict(run, run.data.test_records)
     assert detections.keys() == {record["image_id"] for record in run.data.test_records}
@@ -313,9 +364,23 @@ def _two_processes(root, output_dir):
     distributed.shutdown()
 
 
+def losses_of_two_processes(root, output_dir, keys):
+    in_two_ranks(_two_processes, root, output_dir, keys)
+    with open(output_dir / "metrics.json") as file:
+        return [json.loads(line)["total_loss"] for line in file]
+
+
 def test_two_processes(shapes, finished, tmp_path):
-    in_two_ranks(_two_processes, shapes, tmp_path)
-    with open(tmp_path / "metrics.json") as file:
-        losses = [json.loads(line)["total_loss"] for line in file]
+    losses = losses_of_two_processes(shapes, tmp_path, {})
     # Samplers differ by rank, the images do not.
     assert losses[0] == pytest.approx(records(finished)[0]["total_loss"], rel=0.1)
+
+
+def test_two_processes_by_kernels(shapes, tmp_path):
+    """There the norms, which exchange messages, are torch's."""
+    eager = {**KERNELS, "MODEL__COMPILE": "eager"}
+    expected, found = (
+        losses_of_two_processes(shapes, tmp_path / keys["MODEL__COMPILE"], keys)
+        for keys in (eager, KERNELS)
+    )
+    assert found == pytest.approx(expected, rel=1e-3) and found != expected
