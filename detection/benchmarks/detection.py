@@ -36,11 +36,14 @@ _FAST = {
 }
 _KERNELS = {"MODEL.CHANNELS_LAST": True, "MODEL.COMPILE": "kernels"}
 # The sides of this project, and what each sets; the kernels are for CPUs.
-_OURS = {"embedded fp32": {}, "embedded fast": _FAST}
-_OURS_ON_CPU = {
-    "embedded fp32, kernels": _KERNELS,
-    "embedded fast, eager": _FAST,
-    "embedded fast": {**_FAST, **_KERNELS},
+_SIDES = {
+    "cuda": {"embedded fp32": {}, "embedded fast": _FAST},
+    "cpu": {
+        "embedded fp32": {},
+        "embedded fp32, kernels": _KERNELS,
+        "embedded fast, eager": _FAST,
+        "embedded fast": {**_FAST, **_KERNELS},
+    },
 }
 # Detectron2's own stream in both, in the main process.
 _STREAM = ("DATALOADER.STREAM", "detectron2", "DATALOADER.NUM_WORKERS", "0", "SEED", "0")
@@ -124,7 +127,7 @@ def run(
     if num_rounds < 3:
         raise ConfigError(f"--rounds {num_rounds}: at least 3 are needed for quartiles")
     place, count = torch.device(device), num_rounds + _WARM_UP
-    settings = {**_OURS, **(_OURS_ON_CPU if place.type == "cpu" else {})}
+    settings = _SIDES[place.type]
     ours = {
         name: EmbeddedSide(_run(_config(config_file, overrides, keys), place), count)
         for name, keys in settings.items()
