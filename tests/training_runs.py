@@ -14,6 +14,15 @@ from detection.engines.progress import Progress
 from moco import distributed
 from moco.training.checkpoint import read_torch_file
 
+# A detector by kernels, of tiny widths that they have: multiples of 32 channels.
+KERNELS = {
+    "MODEL__CHANNELS_LAST": True,
+    "MODEL__COMPILE": "kernels",
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
+}
+
 
 def stop_at(monkeypatch, iteration: int, how: Callable[[], None]) -> None:
     """Interrupt the training of one session while it reports `iteration`."""

@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 import torch
+from training_runs import KERNELS
 
 from detection.config import check_processes
 from detection.engines.embedded import roi_heads, rpn
@@ -20,14 +21,6 @@ from moco.kernels.compiler import compile_kernels
 from moco.training.optimizer import FusedSGD
 
 CPU = torch.device("cpu")
-KERNELS = {
-    "MODEL__CHANNELS_LAST": True,
-    "MODEL__COMPILE": "kernels",
-    # Multiples of the 32 channels that the kernels have.
-    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
-    "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
-    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_runs import crash, differing, final_state, in_two_ranks, send_sigterm, stop_at
+from training_runs import (
+    KERNELS,
+    crash,
+    differing,
+    final_state,
+    in_two_ranks,
+    send_sigterm,
+    stop_at,
+)
 
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
@@ -53,13 +61,6 @@ TINY = {
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "TEST.PRECISE_BN.ENABLED": True,
     "TEST.PRECISE_BN.NUM_ITER": 1,
-}
-KERNELS = {
-    "MODEL__CHANNELS_LAST": True,
-    "MODEL__COMPILE": "kernels",
-    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
-    "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
-    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
 }
 ONE_ITERATION = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": ()}
 
