@@ -15,7 +15,7 @@ import torch
 
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
-from detection.data.loader import test_sample
+from detection.data.loader import load_test_sample
 from detection.engines import d2
 from detection.engines.base import Run
 from detection.engines.d2_session import logs_to_file
@@ -74,7 +74,7 @@ class EmbeddedSide:
         self._optimizer = build_optimizer(run.cfg, self._model)
         set_lr(self._optimizer, run.cfg, 0)
         self.batches = list(itertools.islice(randomness.training_batches(0), count))
-        self._samples = [test_sample(record, run.cfg) for record in _test_records(run, count)]
+        self._samples = [load_test_sample(record, run.cfg) for record in _test_records(run, count)]
 
     def train(self, number: int) -> None:
         self._model.train()

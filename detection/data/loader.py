@@ -167,7 +167,7 @@ def _ground_truth(annotations: Sequence[dict], moves: tuple, mask_format: str | 
     return truth
 
 
-def test_sample(record: dict, cfg: CfgNode) -> dict:
+def load_test_sample(record: dict, cfg: CfgNode) -> dict:
     """A test image, resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
 
     Returns: a dict as `train_loader`'s, without gt_boxes and gt_classes.
@@ -178,8 +178,8 @@ def test_sample(record: dict, cfg: CfgNode) -> dict:
     return _sample(record, resize_image(image, *shape))
 
 
-def test_loader(records: Sequence[dict], cfg: CfgNode, *, num_workers: int) -> Loader:
-    """Lists of one `test_sample` each, in order, loaded ahead by `num_workers` processes.
+def eval_loader(records: Sequence[dict], cfg: CfgNode, *, num_workers: int) -> Loader:
+    """Lists of one `load_test_sample` each, in order, loaded ahead by `num_workers` processes.
 
     One image at a time, as in Detectron2: its detections do not depend on those beside it.
     Raises: DataError, while iterating, for an image that cannot be read.
@@ -187,10 +187,6 @@ def test_loader(records: Sequence[dict], cfg: CfgNode, *, num_workers: int) -> L
     load = functools.partial(_load_test, cfg=cfg)
     draws = [[index] for index in range(len(records))]
     return start_loader(records, load, draws, num_workers=min(num_workers, len(records)))
-
-
-for _function in (test_sample, test_loader):
-    _function.__test__ = False  # pytest must not collect them
 
 
 def train_loader(
@@ -283,7 +279,7 @@ def _load_train(records: Sequence[dict], draw: SampleDraw, *, augmentation: Augm
 
 
 def _load_test(records: Sequence[dict], index: int, *, cfg: CfgNode) -> dict:
-    return test_sample(records[index], cfg)
+    return load_test_sample(records[index], cfg)
 
 
 def _read_checked(record: dict, channel_format: str) -> np.ndarray:

@@ -54,26 +54,16 @@ def has_kernels(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> bool:
 
 def by_kernels(convolution: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
     """`convolve` where `has_kernels`."""
-    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
     geometry = convolution.stride[0], convolution.padding[0]
-    if torch.is_grad_enabled():
-        y_BKHW = _Convolve.apply(x_BCHW, convolution.weight, *geometry)
-    else:
-        y_BKHW = forward(x_BCHW, convolution.weight, *geometry)
-    return y_BKHW if convolution.bias is None else _add_bias(y_BKHW, convolution.bias)
+    return _convolved(x_BCHW, convolution.weight, convolution.bias, *geometry)
 
 
 def linear(layer: nn.Linear, x_BC: torch.Tensor) -> torch.Tensor:
     """layer(x), as a 1x1 convolution on the same terms as `convolve`."""
     if not (computes(layer) and runs(layer, x_BC)):
         return F.linear(x_BC, layer.weight, layer.bias)
-    pixels = x_BC[:, :, None, None].contiguous(memory_format=torch.channels_last)
-    weight = layer.weight[:, :, None, None]
-    if torch.is_grad_enabled():
-        y_BK = _Convolve.apply(pixels, weight, 1, 0)[:, :, 0, 0]
-    else:
-        y_BK = forward(pixels, weight, 1, 0)[:, :, 0, 0]
-    return y_BK if layer.bias is None else y_BK + layer.bias.to(y_BK.dtype)
+    pixels, weight = x_BC[:, :, None, None], layer.weight[:, :, None, None]
+    return _convolved(pixels, weight, layer.bias, 1, 0)[:, :, 0, 0]
 
 
 def suits(layer: nn.Module) -> bool:
@@ -148,8 +138,12 @@ def weight_gradient(x_BCHW, dy_BKHW, weight_KCRS, stride: int, padding: int) -> 
     return dweight
 
 
-def _add_bias(y_BKHW: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return y_BKHW + bias.to(y_BKHW.dtype).view(-1, 1, 1)
+def _convolved(x_BCHW, weight_KCRS, bias_K, stride: int, padding: int) -> torch.Tensor:
+    """The convolution, with its gradients where they are wanted."""
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    function = _Convolve.apply if torch.is_grad_enabled() else forward
+    y_BKHW = function(x_BCHW, weight_KCRS, stride, padding)
+    return y_BKHW if bias_K is None else y_BKHW + bias_K.to(y_BKHW.dtype).view(-1, 1, 1)
 
 
 class _Convolve(torch.autograd.Function):

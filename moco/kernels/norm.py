@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from moco.kernels.compiler import TYPES, kernel
+from moco.kernels.compiler import TYPES, computes, kernel
 
 
 class _Norm(ctypes.Structure):
@@ -41,15 +42,21 @@ def norm_relu(
     relu: bool = True,
     shortcut_BCHW: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """relu(norm(x) + shortcut), channels-last; in training it updates the running statistics, in
-    evaluation, which is without gradient, it uses them.
+    """relu(norm(x) + shortcut): in one pass over the memory where the norm is to compute so, else
+    by torch.
 
     Args:
-        x_BCHW: float32 or bfloat16 on a CPU. Without gradient it is overwritten by the result.
-        groups: image i is normalised in group i % groups.
-        relu: without it there must be no shortcut either.
+        x_BCHW: may be overwritten. For one pass it is float32 or bfloat16 on a CPU, and the result
+            is channels-last.
+        groups: image i is normalised in group i % groups; torch leaves that to the norm.
+        relu: for one pass there must be no shortcut without it.
     Raises: ValueError for one value a channel and group, as torch, or another type.
     """
+    if not computes(norm):
+        y_BCHW = norm(x_BCHW)
+        if shortcut_BCHW is not None:
+            y_BCHW += shortcut_BCHW
+        return F.relu(y_BCHW, inplace=True) if relu else y_BCHW
     if x_BCHW.dtype not in TYPES or x_BCHW.device.type != "cpu":
         raise ValueError(
             f"compiled batch norm takes {', '.join(TYPES.values())} on a CPU, got {x_BCHW.dtype} "

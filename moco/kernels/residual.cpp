@@ -63,8 +63,8 @@ Norm norm_of(const Block& b, int64_t number, const Layer& l) {
   const int64_t step = b.groups * c.out_channels;
   const bool relu = number < b.layers;
   return {c.images, c.out_height * c.out_width, c.out_channels, b.groups, c.threads, relu,
-          b.evaluating, l.eps, l.momentum, l.weight, l.bias, l.running_mean, l.running_var, l.tracked, l.stats,
-          l.stats + step, l.stats + 2 * step, l.stats + 3 * step};
+          b.evaluating, l.eps, l.momentum, l.weight, l.bias, l.running_mean, l.running_var,
+          l.tracked, l.stats, l.stats + step, l.stats + 2 * step, l.stats + 3 * step};
 }
 
 void apply(const Block& b, const Layer* layers, int64_t number, const void* x,

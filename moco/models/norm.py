@@ -7,12 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from moco.distributed import all_gather_with_gradient, world_size
 from moco.errors import ConfigError
 from moco.kernels import norm as kernels
-from moco.kernels.compiler import computes
 
 
 def choose_norm(norm: str, bn_splits: int) -> Callable[[int], nn.Module]:
@@ -46,15 +44,8 @@ def norm_relu(
 
     In one pass over the memory where `use_kernels_` said so; x may be overwritten.
     """
-    if computes(norm):
-        groups = groups_of(norm, len(x_BCHW))
-        return kernels.norm_relu(
-            norm, x_BCHW, groups=groups, relu=relu, shortcut_BCHW=shortcut_BCHW
-        )
-    y_BCHW = norm(x_BCHW)
-    if shortcut_BCHW is not None:
-        y_BCHW += shortcut_BCHW
-    return F.relu(y_BCHW, inplace=True) if relu else y_BCHW
+    groups = groups_of(norm, len(x_BCHW))
+    return kernels.norm_relu(norm, x_BCHW, groups=groups, relu=relu, shortcut_BCHW=shortcut_BCHW)
 
 
 def groups_of(norm: nn.Module, batch: int) -> int:

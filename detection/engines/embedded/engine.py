@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from detection.data.loader import test_loader, test_sample
+from detection.data.loader import eval_loader, load_test_sample
 from detection.data.sample_loader import WORKERS_KEY
 from detection.engines.base import FINAL_MODEL, Detections, Run
 from detection.engines.embedded.acceleration import accelerate_
@@ -97,7 +97,7 @@ class EmbeddedEngine:
         cfg, process = run.cfg, run.process
         model = self._trained(run)
         own = records[_own_part(len(records), process)]
-        samples = test_loader(own, cfg, num_workers=cfg.DATALOADER.NUM_WORKERS)
+        samples = eval_loader(own, cfg, num_workers=cfg.DATALOADER.NUM_WORKERS)
         detections = {}
         with dead_worker_as_data_error(WORKERS_KEY):
             for number, (sample,) in enumerate(samples, start=1):
@@ -111,7 +111,7 @@ class EmbeddedEngine:
         model = self._trained(run)
 
         def detect(record: dict) -> tuple:
-            return _detect(model, test_sample(record, run.cfg), run)
+            return _detect(model, load_test_sample(record, run.cfg), run)
 
         return detect
 

@@ -14,8 +14,7 @@ from detection.engines.embedded.norm import build_norm, freeze
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
 from moco.kernels import convolution, residual
-from moco.kernels import norm as norms
-from moco.kernels.compiler import computes
+from moco.kernels.norm import norm_relu
 
 STRIDE = 16  # of res4
 _NUM_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -35,15 +34,9 @@ class NormedConv2d(nn.Conv2d):
             x_BCHW = convolution.by_kernels(self, x_BCHW)
         else:
             x_BCHW = super().forward(x_BCHW)
-        return _norm_relu(self.norm, x_BCHW, relu)
-
-
-def _norm_relu(norm: nn.Module | None, x_BCHW: torch.Tensor, relu: bool) -> torch.Tensor:
-    """norm(x) and perhaps ReLU; x may be overwritten."""
-    if norm is not None and computes(norm):
-        return norms.norm_relu(norm, x_BCHW, relu=relu)
-    y_BCHW = x_BCHW if norm is None else norm(x_BCHW)
-    return F.relu_(y_BCHW) if relu else y_BCHW
+        if self.norm is None:
+            return F.relu_(x_BCHW) if relu else x_BCHW
+        return norm_relu(self.norm, x_BCHW, relu=relu)
 
 
 def _msra_init(conv: nn.Conv2d) -> None:
@@ -110,7 +103,7 @@ class Res5(nn.Sequential):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         for layer in self:
             is_block = isinstance(layer, Bottleneck)
-            x_BCHW = layer(x_BCHW) if is_block else _norm_relu(layer, x_BCHW, False)
+            x_BCHW = layer(x_BCHW) if is_block else norm_relu(layer, x_BCHW, relu=False)
         return x_BCHW
 
 

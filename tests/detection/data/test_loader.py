@@ -20,11 +20,11 @@ from PIL import Image
 from detection.config import get_defaults
 from detection.data.loader import (
     Augmentation,
+    eval_loader,
     global_batches,
     image_order,
+    load_test_sample,
     load_train_sample,
-    test_loader,
-    test_sample,
     train_loader,
 )
 from detection.data.sample_loader import WORKERS_KEY
@@ -328,22 +328,22 @@ def test_workers_end_with_the_program(records):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_test_samples(records, num_workers):
-    with_workers = test_loader(records, make_cfg(), num_workers=num_workers)
+    with_workers = eval_loader(records, make_cfg(), num_workers=num_workers)
     samples = [sample for (sample,) in with_workers]
     assert [s["image_id"] for s in samples] == [r["image_id"] for r in records]
     for sample, record in zip(samples, records, strict=True):
-        assert torch.equal(sample["image"], test_sample(record, make_cfg())["image"])
+        assert torch.equal(sample["image"], load_test_sample(record, make_cfg())["image"])
     assert [tuple(s["image"].shape) for s in samples[:2]] == [(3, 40, 25), (3, 25, 40)]
     assert set(samples[0]) == {"image", "height", "width", "image_id", "file_name"}
-    whole = test_sample(records[0], make_cfg(INPUT__MIN_SIZE_TEST=0))
+    whole = load_test_sample(records[0], make_cfg(INPUT__MIN_SIZE_TEST=0))
     assert whole["image"].shape == (3, 33, 21)
     missing = [*records[:1], {**records[1], "file_name": "none.jpg"}]
-    samples = test_loader(missing, make_cfg(), num_workers=num_workers)
+    samples = eval_loader(missing, make_cfg(), num_workers=num_workers)
     next(samples)
     with pytest.raises(DataError, match="none.jpg"):
         next(samples)
     samples.close()
-    assert list(test_loader([], make_cfg(), num_workers=num_workers)) == []
+    assert list(eval_loader([], make_cfg(), num_workers=num_workers)) == []
 
 
 @pytest.mark.detectron2
