@@ -39,6 +39,22 @@ def test_an_overlap_that_equals_the_threshold_is_kept():
     assert nms(made, 0.7, 9).tolist() == torchvisions(made, 0.7).tolist()
 
 
+def test_overlaps_are_rounded_as_torchvision_rounds_them():
+    """A product that is joined with a sum would be rounded once instead of twice."""
+    first, second = boxes(3000, 1), boxes(3000, 2)
+    corner, end = torch.maximum(first, second)[:, :2], torch.minimum(first, second)[:, 2:]
+    both = (end - corner).clamp(min=0).prod(1)
+    areas = [(b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (first, second)]
+    overlaps = both / (areas[0] + areas[1] - both)
+    found = [i for i in range(3000) if 0 < overlaps[i] < 1]
+    assert len(found) > 100
+    for i in found:
+        pair, threshold = torch.stack([first[i], second[i]]), overlaps[i].item()
+        assert nms(pair, threshold, 2).tolist() == torchvisions(pair, threshold).tolist() == [0, 1]
+        below = threshold * (1 - 1e-7)
+        assert nms(pair, below, 2).tolist() == torchvisions(pair, below).tolist() == [0]
+
+
 def test_boxes_without_area():
     made = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5], [9, 9, 3, 3], [0, 0, 8, 8]])
     assert torch.equal(nms(made, 0.5, 9), torchvisions(made, 0.5))
