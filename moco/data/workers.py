@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -151,6 +152,10 @@ class Board:
                 yield batch
         finally:
             ended.set()
+            # It holds the processes' files. Whoever drops this generator may be that thread, and at
+            # Python's own exit it never ends.
+            if watch.is_alive() and watch is not threading.current_thread():
+                watch.join(0 if sys.is_finalizing() else _PATIENCE_SECONDS)
 
     def _watch(self, processes: list[multiprocessing.Process], ended: threading.Event) -> None:
         """Kill the workers once they are stuck, which wakes whoever waits for them."""

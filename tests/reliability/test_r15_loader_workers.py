@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +234,28 @@ def test_a_report_of_the_death_does_not_replace_that_it_was_stuck():
     assert reported
     # Raised elsewhere in the loop, it becomes another error, which names all of them too.
     assert workers.doing([-1]).startswith("worker 0 ")
+
+
+def test_the_watching_thread_is_gone_when_the_batches_are(monkeypatch):
+    """It holds the files of the processes."""
+    process = SERVER.Process(target=time.sleep, args=(60,))
+
+    def slow(self, processes, ended):
+        ended.wait()
+        time.sleep(0.5)
+
+    def start():
+        process.start()
+        return iter([1, 2])
+
+    monkeypatch.setattr(workers.Board, "_watch", slow)
+    before = threading.active_count()
+    batches = workers.Board(1, None, 60).watched(start)
+    assert next(batches) == 1 and threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
+    process.kill()
+    process.join()
 
 
 def test_it_is_named_too_where_workers_import_everything_anew(tmp_path):
