@@ -115,10 +115,10 @@ def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> 
     if not _fits_kernels(cfg, channels_last):
         return _Choice("eager", "kernels are for ResNets with batch norm, channels last")
     try:
-        seconds = compiler.compile_kernels()
+        origin = compiler.compile_kernels()
     except ConfigError as error:
         return _Choice("eager", str(error))
-    return _Choice("kernels", f"for this CPU, compiled in {seconds:.1f} s")
+    return _Choice("kernels", f"for this CPU, {origin}")
 
 
 def _check_compile(cfg: CfgNode, device: torch.device, channels_last: bool, value: str) -> None:

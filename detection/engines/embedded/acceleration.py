@@ -23,9 +23,9 @@ def accelerate_(model: GeneralizedRCNN, cfg: CfgNode, device: torch.device) -> s
     # A detector that was trained by kernels predicts on a GPU too (`detection.predict`).
     if cfg.MODEL.COMPILE != "kernels" or device.type != "cpu":
         return None
-    num_layers, seconds = use_kernels_(model, evaluation=True), compile_kernels()
+    num_layers, origin = use_kernels_(model, evaluation=True), compile_kernels()
     model.roi_heads.pooler.compiled = model.proposal_generator.compiled = True
     for module in model.modules():
         if isinstance(module, NaiveSyncBatchNorm2d):
             module.compiled = world_size() == 1  # else it has messages to send
-    return f"kernels: {num_layers} layers (for this CPU, compiled in {seconds:.1f} s)"
+    return f"kernels: {num_layers} layers (for this CPU, {origin})"
