@@ -108,6 +108,8 @@ def get_defaults() -> CfgNode:
         ),
         KNN=CfgNode(
             PERIOD=1,  # epochs between kNN evaluations (only where images carry labels). 0: off
+            MAX_SHARE=0.25,  # of an epoch's time; what costs more, and over 10 s, comes less often
+            MAX_IMAGES=50_000,  # of each split, the same share of every class. 0: all
             K=200,
             TEMPERATURE=0.1,
             FEATURES="backbone",  # or "head": the two are not comparable
@@ -157,6 +159,8 @@ _AT_LEAST = {
     "CHECKPOINT.MILESTONE": 0,
     "LOG.PERIOD": 1,
     "KNN.PERIOD": 0,
+    "KNN.MAX_SHARE": 0,
+    "KNN.MAX_IMAGES": 0,
     "KNN.K": 1,
     "KNN.BATCH_SIZE": 1,
 }

@@ -314,6 +314,14 @@ def broadcast_state(module: torch.nn.Module) -> None:
         dist.broadcast(tensor, src=0)
 
 
+@torch.no_grad()
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give all ranks rank 0's buffers."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def data_parallel(module: torch.nn.Module, process: ProcessInfo) -> torch.nn.Module:
     """DistributedDataParallel that sends no buffers in a forward (MoCo's queue has 32 MiB).
 

@@ -156,8 +156,8 @@ def hold(where: str, folder: str, seconds: float = 60.0) -> None:
     It touches FOLDER/held.RANK and goes on once a held process of the job received SIGTERM.
 
     Args:
-        where: "step N": in its backward's end, on all ranks; "evaluation N": the kNN of rank 0
-            after epoch N, done again and again.
+        where: "step N": in its backward's end, on all ranks; "evaluation N": rank 0 between two
+            batches of the kNN after epoch N.
         seconds: after which it goes on anyway.
     """
     what, number = where.split()
@@ -188,12 +188,19 @@ def hold(where: str, folder: str, seconds: float = 60.0) -> None:
     def build_knn_monitor(*args):
         evaluate = build(*args)
 
-        def evaluate_long(encoder):
+        def evaluate_long(encoder, stop):
             nonlocal count
             count += 1
-            if count == int(number):
-                wait(lambda: evaluate(encoder))
-            return evaluate(encoder)
+            was_held = count != int(number) or os.environ["RANK"] != "0"
+
+            def held_stop() -> bool:
+                nonlocal was_held
+                if not was_held:
+                    was_held = True
+                    wait(lambda: time.sleep(0.01))
+                return stop()
+
+            return evaluate(encoder, held_stop)
 
         return evaluate_long
 

@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1800.0,
         metavar="SECONDS",
         help="how long a process waits for another before the job ends (default: 1800); keep it "
-        "above what rank 0 does alone, a kNN evaluation or a checkpoint",
+        "above what rank 0 does alone, such as writing a checkpoint",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args(argv)
@@ -113,11 +113,12 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(source)} images of {source.root}; {process.world_size} process(es) on "
             f"{process.device.type}"
         )
-        evaluate, observers = None, []
+        with lost_rank_as_error(lambda: "before training"):
+            evaluate = build_knn_monitor(cfg, args.data, source, process, say)
+        observers = []
         if process.is_main:
             output_dir.mkdir(parents=True, exist_ok=True)
             write_text_atomic(output_dir / "config.yaml", dump_yaml(cfg))
-            evaluate = build_knn_monitor(cfg, args.data, source, process.device, say)
             observers = [
                 ConsoleProgress(trainer.total_steps, trainer.first_step),
                 JsonLog(output_dir / "log.jsonl", trainer.first_step, trainer.changes.new),

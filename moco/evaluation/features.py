@@ -14,6 +14,7 @@ from moco.errors import NonFiniteError
 from moco.training.progress import format_duration
 
 _QUIET_SECONDS = 30.0  # between lines about the rate
+_FIRST_SECONDS = 5.0  # before the first of them
 
 
 @contextlib.contextmanager
@@ -29,12 +30,13 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class RateLines:
-    """Lines about how many of `total` images are done, at most one every half minute."""
+    """Lines about how many of `total` images are done: after 5 s, then every half minute."""
 
     def __init__(self, what: str, total: int, say: Callable[[str], None]):
         self.what, self.total, self.say = what, total, say
         self.done = 0
-        self.started = self.last = time.monotonic()
+        self.started = time.monotonic()
+        self.last = self.started - _QUIET_SECONDS + _FIRST_SECONDS
 
     def add(self, num_images: int) -> None:
         self.done += num_images
@@ -59,6 +61,14 @@ def encoder_function(
             return encode(images_BCHW)
 
     return function
+
+
+def feature_width(
+    encode: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device
+) -> int:
+    """How many features `encode` gives for an image of `size` pixels."""
+    with torch.inference_mode():
+        return encode(torch.zeros(1, 3, size, size, device=device)).shape[1]
 
 
 def iterate_features(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,15 +13,13 @@ import torch
 
 from moco import distributed
 from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from moco.data.images import ImageSource
-from moco.data.loader import build_eval_loader
-from moco.data.subset import SubsetSource
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
-from moco.evaluation.features import RateLines, encoder_function, iterate_features
+from moco.evaluation.features import encoder_function, feature_width
 from moco.evaluation.knn import check_sweep, sweep
+from moco.evaluation.knn_search import FeatureReader, find_neighbours
 from moco.evaluation.memory import peak_memory
-from moco.evaluation.neighbours import BLOCK, NeighbourSearch, memory_plan
+from moco.evaluation.neighbours import memory_plan
 from moco.evaluation.results import (
     describe_data,
     describe_weights,
@@ -100,27 +98,27 @@ def evaluate_knn(
         say(note)
     train, test = find_splits(data_dir, test_dir)
     check_sweep(settings.ks, settings.temperatures, len(train))
-    extract = _Extraction(settings, weights, process, batch_size, num_workers)
+    reader = _feature_reader(settings, weights, process, batch_size, num_workers)
     k = max(settings.ks)
     dtype = getattr(torch, settings.dtype)
     plan = memory_plan(
-        num_train=len(train), num_test=len(test), width=extract.width, k=k, dtype=dtype
+        num_train=len(train), num_test=len(test), width=reader.width, k=k, dtype=dtype
     )
     say(
         f"kNN on {settings.features} features of {weights.path} ({weights.arch}): {len(train)} "
-        f"training and {len(test)} test images, {extract.width} features, "
+        f"training and {len(test)} test images, {reader.width} features, "
         f"{len(train.class_names)} classes"
     )
-    whole = len(train) * extract.width * dtype.itemsize
+    whole = len(train) * reader.width * dtype.itemsize
     say(plan_in_words(plan, whole))
-    search = _search(extract, train, test, k, dtype, say)
+    search = find_neighbours(reader, train, test, k=k, dtype=dtype, say=say)
     labels, test_labels = (torch.tensor(source.labels) for source in (train, test))
     neighbour_labels = labels.to(process.device)[search.index_MK]
     accuracies = sweep(
         search.similarity_MK, neighbour_labels, test_labels.to(process.device), settings.ks,
         settings.temperatures, num_classes=len(train.class_names),
     )  # fmt: skip
-    results = _results(settings, weights, train, test, process, extract, accuracies, plan)
+    results = _results(settings, weights, train, test, process, reader, accuracies, plan)
     results["seconds"] = round(time.monotonic() - started, 1)
     if output_dir is not None:
         distributed.on_main(lambda: _write(Path(output_dir), results))
@@ -131,90 +129,31 @@ def evaluate_knn(
     return results
 
 
-class _Extraction:
-    """Batches of features of a source's images; `width` is D."""
-
-    def __init__(self, settings, weights: Pretrained, process, batch_size, num_workers):
-        self.settings, self.process = settings, process
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.size = settings.size or weights.size or 224
-        own_resize = self.size if weights.options["stem"] == "cifar" else None
-        self.resize = settings.resize or own_resize
-        self.mean, self.std = weights.mean or IMAGENET_MEAN, weights.std or IMAGENET_STD
-        encoder = weights.build_encoder(image_size=self.size, head=settings.features == "head")
-        memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        encoder.to(process.device, memory_format=memory_format)
-        self.encode = encoder_function(encoder, settings.features, amp=settings.amp)
-        with torch.inference_mode():
-            blank = torch.zeros(1, 3, self.size, self.size, device=process.device)
-            self.width = self.encode(blank).shape[1]
-
-    def batches(self, source: ImageSource, own: range, rate: RateLines) -> Iterator[torch.Tensor]:
-        """Features [B, D] of the images `own`, in order."""
-        if not own:
-            return
-        loader = build_eval_loader(
-            SubsetSource(source, own),
-            self.size,
-            self.batch_size,
-            self.num_workers,
-            resize=self.resize,
-            pin_memory=self.process.device.type == "cuda",
-            backend=self.settings.backend,
-        )
-        for features_BD, _ in iterate_features(
-            self.encode, loader, self.process.device, self.mean, self.std,
-            channels_last=self.settings.channels_last,
-        ):  # fmt: skip
-            yield features_BD
-            rate.add(len(features_BD))
-
-
-def _search(extract: _Extraction, train, test, k, dtype, say) -> NeighbourSearch:
-    process = extract.process
-    own, done = _share(len(test), process), 0
-    rate = RateLines("test images", len(own), say)
-    rows = torch.empty(len(own), extract.width, device=process.device)
-    for features in extract.batches(test, own, rate):
-        rows[done : done + len(features)] = features
-        done += len(features)
-    search = NeighbourSearch(_gather_rows(rows), k, dtype=dtype)
-    del rows
-    own, pending = _share(len(train), process), []
-    first, rate = own.start, RateLines("training images", len(own), say)
-    for features in extract.batches(train, own, rate):
-        pending.append(features)
-        if sum(map(len, pending)) >= BLOCK:
-            first = _add(search, pending, first)
-    if pending:
-        _add(search, pending, first)
-    search.join_processes()
-    return search
-
-
-def _add(search: NeighbourSearch, pending: list[torch.Tensor], first: int) -> int:
-    """Hand the pending features over; returns the index after them."""
-    block = torch.cat(pending)
-    pending.clear()
-    search.add(block, first)
-    return first + len(block)
-
-
-def _share(num: int, process: ProcessInfo) -> range:
-    """A run of indices for each process, in rank order."""
-    cuts = [num * r // process.world_size for r in (process.rank, process.rank + 1)]
-    return range(*cuts)
-
-
-def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes in rank order, whose numbers may differ."""
-    if distributed.world_size() == 1:
-        return rows
-    counts = distributed.all_gather_cat(torch.tensor([len(rows)], device=rows.device)).tolist()
-    padded = rows.new_zeros(max(counts), rows.shape[1])
-    padded[: len(rows)] = rows
-    gathered = distributed.all_gather_cat(padded).view(len(counts), max(counts), -1)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+def _feature_reader(
+    settings: KnnSettings,
+    weights: Pretrained,
+    process: ProcessInfo,
+    batch_size: int,
+    num_workers: int,
+) -> FeatureReader:
+    size = settings.size or weights.size or 224
+    encoder = weights.build_encoder(image_size=size, head=settings.features == "head")
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    encoder.to(process.device, memory_format=memory_format)
+    encode = encoder_function(encoder, settings.features, amp=settings.amp)
+    return FeatureReader(
+        encode=encode,
+        width=feature_width(encode, size, process.device),
+        process=process,
+        size=size,
+        resize=settings.resize or (size if weights.options["stem"] == "cifar" else None),
+        mean=weights.mean or IMAGENET_MEAN,
+        std=weights.std or IMAGENET_STD,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        backend=settings.backend,
+        channels_last=settings.channels_last,
+    )
 
 
 def plan_in_words(plan: dict[str, int], whole: int) -> str:
@@ -230,7 +169,7 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.0f} MiB"
 
 
-def _results(settings, weights, train, test, process, extract, accuracies, plan) -> dict:
+def _results(settings, weights, train, test, process, reader, accuracies, plan) -> dict:
     rows = [{"k": k, "temperature": t, "top1": a} for (k, t), a in accuracies.items()]
     best = max(rows, key=lambda row: row["top1"])
     return {
@@ -246,9 +185,9 @@ def _results(settings, weights, train, test, process, extract, accuracies, plan)
         "num_processes": process.world_size,
         "status": "finished",
         "error": None,
-        "num_features": extract.width,
-        "size": extract.size,
-        "resize": extract.resize,
+        "num_features": reader.width,
+        "size": reader.size,
+        "resize": reader.resize,
         "k": settings.ks[0],
         "temperature": settings.temperatures[0],
         "top1": rows[0]["top1"],

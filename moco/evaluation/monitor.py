@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,24 +11,32 @@ import torch.nn as nn
 
 from moco.cfgnode import CfgNode
 from moco.data.images import ImageSource, find_images
-from moco.data.loader import build_eval_loader
-from moco.evaluation.features import evaluation_mode, extract_features
-from moco.evaluation.knn import knn_accuracy
+from moco.data.subset import SubsetSource, stratified_indices
+from moco.distributed import ProcessInfo, broadcast_buffers
+from moco.evaluation.features import encoder_function, evaluation_mode, feature_width
+from moco.evaluation.knn import sweep
+from moco.evaluation.knn_search import FeatureReader, find_neighbours
 from moco.evaluation.splits import check_same_classes, find_test_folder
+from moco.kernels.choose import evaluates_by_kernels
+
+# A training step runs the query encoder forward and backward, and the key encoder forward.
+_PASSES_OF_A_STEP = 4
 
 
 def build_knn_monitor(
     cfg: CfgNode,
     data_dir: str,
     train: ImageSource,
-    device: torch.device,
+    process: ProcessInfo,
     say: Callable[[str], None],
-) -> Callable[[nn.Module], dict[str, float]] | None:
-    """A function encoder -> {"knn_top1": percent}, or None (said, with the reason).
+) -> KnnMonitor | None:
+    """The monitor, or None (said, with the reason); the same on every process.
 
     The neighbours are the training images; the test images are those of `val` or `test` in
     `data_dir`. Both need class folders of the same names.
 
+    Args:
+        cfg: with TRAIN.AMP and the other choices resolved.
     Raises: DataError where the two splits have different classes.
     """
     if not cfg.KNN.PERIOD:
@@ -41,34 +50,105 @@ def build_knn_monitor(
         return None
     test = find_images(folder)
     check_same_classes(train, test, "give both the same classes, or set KNN.PERIOD 0")
+    monitor = KnnMonitor(cfg, train, test, process, say)
+    say(monitor.describe(len(train)))
+    return monitor
 
-    def evaluate(encoder: nn.Module) -> dict[str, float]:
-        encode = encoder.forward_features if cfg.KNN.FEATURES == "backbone" else encoder
-        with evaluation_mode(encoder):
-            train_set, test_set = (
-                extract_features(
-                    encode,
-                    # An image of the network's own size (CIFAR) is not scaled up and cropped.
-                    build_eval_loader(
-                        s,
-                        cfg.DATA.SIZE,
-                        cfg.KNN.BATCH_SIZE,
-                        cfg.DATA.NUM_WORKERS,
-                        resize=cfg.DATA.SIZE if cfg.MODEL.STEM == "cifar" else None,
-                    ),
-                    device,
-                    cfg.DATA.MEAN,
-                    cfg.DATA.STD,
-                )
-                for s in (train, test)
-            )
-        accuracy = knn_accuracy(
-            *train_set,
-            *test_set,
-            k=min(cfg.KNN.K, len(train)),
-            temperature=cfg.KNN.TEMPERATURE,
-            num_classes=len(train.class_names),
+
+class KnnMonitor:
+    """`monitor(encoder)` -> {"knn_top1": percent}, a collective call of all processes.
+
+    It reads and computes as training does: decoder, precision, memory order and kernels are the
+    configuration's. Of a split of more than KNN.MAX_IMAGES images a share is used, the same of
+    every class and the same in every evaluation; "knn_images" is then among the figures.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        train: ImageSource,
+        test: ImageSource,
+        process: ProcessInfo,
+        say: Callable[[str], None],
+    ):
+        self.cfg, self.process, self.say = cfg, process, say
+        self.num_whole = len(train), len(test)
+        self.train, self.test = (_capped(source, cfg.KNN.MAX_IMAGES) for source in (train, test))
+
+    def describe(self, images_an_epoch: int) -> str:
+        """A line about what is compared and what that costs, before anything is computed."""
+        used, whole = (len(self.train), len(self.test)), self.num_whole
+        splits = [
+            f"{num} of {all_} {name} images" if num < all_ else f"all {num} {name} images"
+            for num, all_, name in zip(used, whole, ("training", "test"), strict=True)
+        ]
+        capped = f" (KNN.MAX_IMAGES {self.cfg.KNN.MAX_IMAGES})" if used != whole else ""
+        share = sum(used) / (_PASSES_OF_A_STEP * images_an_epoch)
+        return (
+            f"kNN monitor: {' and '.join(splits)}{capped}, shared by {self.process.world_size} "
+            f"process(es), every {self.cfg.KNN.PERIOD} epoch(s); their encoding computes about "
+            f"{share:.1%} of what an epoch's training does"
         )
-        return {"knn_top1": accuracy}
 
-    return evaluate
+    def __call__(
+        self, encoder: nn.Module, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Args: stop: asked between batches. Returns: None where it said so on any process."""
+        cfg, process = self.cfg, self.process
+        with evaluation_mode(encoder), evaluates_by_kernels(encoder), _buffers_of_main(encoder):
+            encode = encoder_function(encoder, cfg.KNN.FEATURES, amp=cfg.TRAIN.AMP)
+            search = find_neighbours(
+                self._reader(encode), self.train, self.test,
+                k=min(cfg.KNN.K, len(self.train)), dtype=torch.float32, say=self.say, stop=stop,
+            )  # fmt: skip
+        if search is None:
+            return None
+        train_labels, test_labels = (
+            torch.tensor(source.labels, device=process.device) for source in (self.train, self.test)
+        )
+        k, temperature = search.k, cfg.KNN.TEMPERATURE
+        accuracy = sweep(
+            search.similarity_MK, train_labels[search.index_MK], test_labels, [k], [temperature],
+            num_classes=len(self.train.class_names),
+        )[k, temperature]  # fmt: skip
+        figures = {"knn_top1": accuracy}
+        if (len(self.train), len(self.test)) != self.num_whole:
+            figures["knn_images"] = float(len(self.train))
+        return figures
+
+    def _reader(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> FeatureReader:
+        cfg, size = self.cfg, self.cfg.DATA.SIZE
+        return FeatureReader(
+            encode=encode,
+            width=feature_width(encode, size, self.process.device),
+            process=self.process,
+            size=size,
+            # An image of the network's own size (CIFAR) is not scaled up and cropped.
+            resize=size if cfg.MODEL.STEM == "cifar" else None,
+            mean=cfg.DATA.MEAN,
+            std=cfg.DATA.STD,
+            batch_size=cfg.KNN.BATCH_SIZE,
+            num_workers=cfg.DATA.NUM_WORKERS,
+            backend="pil" if cfg.AUGMENT.BACKEND == "pil" else "opencv",
+            channels_last=cfg.TRAIN.CHANNELS_LAST,
+        )
+
+
+def _capped(source: ImageSource, max_images: int) -> ImageSource:
+    if not max_images or len(source) <= max_images:
+        return source
+    return SubsetSource(source, stratified_indices(source.labels, max_images / len(source), 0))
+
+
+@contextlib.contextmanager
+def _buffers_of_main(module: nn.Module) -> Iterator[None]:
+    """Every process has rank 0's buffers inside the block, as it is rank 0's encoder that is saved;
+    batch-norm statistics are each process's own."""
+    own = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    broadcast_buffers(module)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(own[name])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch.nn as nn
 
 from moco.kernels.compiler import compile_kernels, has_kernel
@@ -28,3 +31,17 @@ def use_kernels_(network: nn.Module, *, evaluation: bool = False) -> int:
     for layer in layers:
         layer.compiled, layer.compiled_evaluation = True, evaluation
     return len(layers)
+
+
+@contextlib.contextmanager
+def evaluates_by_kernels(network: nn.Module) -> Iterator[None]:
+    """Layers that train by kernels evaluate by them too inside the block."""
+    layers = [m for m in network.modules() if getattr(m, "compiled_evaluation", None) is False]
+    layers = [layer for layer in layers if layer.compiled]
+    for layer in layers:
+        layer.compiled_evaluation = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.compiled_evaluation = False

@@ -24,6 +24,7 @@ from moco.training import acceleration, state
 from moco.training.agreement import check_ranks, check_same_job, say_that_ranks_agree
 from moco.training.batch import build_loader, check_batch
 from moco.training.changes import Changes
+from moco.training.evaluations import Evaluate, Evaluations
 from moco.training.guard import StepGuard, skips_updates
 from moco.training.health import Health
 from moco.training.nonfinite import NonFiniteReport, check_state_is_finite
@@ -33,11 +34,8 @@ from moco.training.progress import EpochRecord, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.schedule import step_values
 from moco.training.shares import Shares
-from moco.training.signals import caught_signals, cut_short
+from moco.training.signals import caught_signals
 from moco.training.step import train_step
-
-# Evaluates the transfer encoder; called on rank 0 only, must not change it.
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 class Trainer:
@@ -117,12 +115,16 @@ class Trainer:
         """
         self.last_step = self.saved_step = self.first_step
         self.retries_before = num_retries()
+        self.evaluations = Evaluations(
+            evaluate, period=self.cfg.KNN.PERIOD, max_share=self.cfg.KNN.MAX_SHARE,
+            steps_per_epoch=self.steps_per_epoch, say=self.say,
+        )  # fmt: skip
         with (
             caught_signals() as received,
             dead_worker_as_data_error("DATA.NUM_WORKERS", workers.doing),
             lost_rank_as_error(lambda: f"step {self.last_step}"),
         ):
-            stopped = self._run(observers, evaluate, received)
+            stopped = self._run(observers, received)
         if not stopped:
             return 0
         self.say(
@@ -131,7 +133,7 @@ class Trainer:
         )
         return 128 + (received[0] if received else signal.SIGTERM)
 
-    def _run(self, observers, evaluate, received) -> bool:
+    def _run(self, observers, received) -> bool:
         cfg = self.cfg
         loader = build_loader(
             cfg, self.source, self.process, first_step=self.first_step, last_step=self.total_steps,
@@ -139,7 +141,8 @@ class Trainer:
         )  # fmt: skip
         shares = Shares(loader, self.process, replaces=cfg.DATA.MAX_BAD_FRACTION > 0)
         if self.first_step == 0:
-            self._end_epoch(observers, evaluate, received)
+            self._end_epoch(observers, received)
+        self.evaluations.resumed(self.first_step)
         started, done = time.monotonic(), self.first_step
         batches = ahead_on_device(shares, self.process.device)
         for step, batch in enumerate(batches, start=self.first_step):
@@ -164,7 +167,7 @@ class Trainer:
                     observer.on_step(record)
                 started, done = time.monotonic(), self.last_step
             if self.last_step % self.steps_per_epoch == 0:
-                self._end_epoch(observers, evaluate, received)
+                self._end_epoch(observers, received)
                 started, done = time.monotonic(), self.last_step
             if self.guard.stop_requested and self.last_step < self.total_steps:
                 if self.saved_step != self.last_step:
@@ -193,23 +196,18 @@ class Trainer:
             warnings=self.health.warnings(step, metrics),
         )
 
-    def _end_epoch(self, observers, evaluate, received) -> None:
-        """Evaluate and save after a whole epoch; before training only evaluate.
-
-        A signal cuts an evaluation short, but not the last: no resume would make up for it."""
+    def _end_epoch(self, observers, received) -> None:
+        """Save and evaluate after a whole epoch; before training only evaluate."""
         epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
         self.guard.settle()
         if epoch and self._is_saved(epoch):
             self._save(milestone=True)
-        period, metrics = self.cfg.KNN.PERIOD, {}
-        if evaluate and self.process.is_main and period and (epoch % period == 0 or last):
-            encoder = self.method.transfer_encoder()
-            metrics = evaluate(encoder) if last else cut_short(evaluate, encoder, received)
-            if metrics is None:
-                self.say(f"kNN evaluation after epoch {epoch}: cut short by a signal")
+        encoder = self.method.transfer_encoder()
+        metrics = self.evaluations.after_epoch(encoder, self.last_step, received, last=last)
         for observer in observers:
-            observer.on_epoch(EpochRecord(self.last_step, epoch, metrics or {}))
+            observer.on_epoch(EpochRecord(self.last_step, epoch, metrics))
         distributed.barrier()
+        self.evaluations.resumed(self.last_step)
 
     def _is_saved(self, epoch: int) -> bool:
         return epoch % self.cfg.CHECKPOINT.PERIOD == 0 or epoch == self.cfg.TRAIN.EPOCHS

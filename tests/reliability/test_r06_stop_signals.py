@@ -22,7 +22,7 @@ MOST_SECONDS = 10.0  # from the signal to the end of the last process
 STOPPED = 128 + signal.SIGTERM
 
 # (who gets the signal, where it is, loader workers). "evaluation 1" would last 60 s if it were not
-# cut short; where only rank 1 is told, which waits for rank 0's evaluation, it lasts 2 s.
+# cut short; where only rank 1 is told, which waits for rank 0's share of it, it lasts 2 s.
 CASES = (
     ("rank 0", "step 6", 0),
     ("rank 1", "step 6", 2),

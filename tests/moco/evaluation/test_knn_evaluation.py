@@ -81,15 +81,18 @@ def test_it_is_knn_on_the_extracted_features(pretrained_run, features):
     assert results["best"]["top1"] == max(row["top1"] for row in results["sweep"])
 
 
-def test_it_is_the_trainings_monitor(pretrained_run):
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_it_is_the_trainings_monitor(pretrained_run, backend):
     images, run, cfg, trainer = pretrained_run
+    cfg = tiny.config(AUGMENT__BACKEND=backend)
     monitor = build_knn_monitor(
-        cfg, str(images), find_images(images), torch.device("cpu"), lambda line: None
+        cfg, str(images), find_images(images), tiny.alone(), lambda line: None
     )
     expected = monitor(trainer.method.transfer_encoder())["knn_top1"]
     results = evaluate(
-        images, run, ks=(cfg.KNN.K,), temperatures=(cfg.KNN.TEMPERATURE,), size=None
-    )
+        images, run, ks=(cfg.KNN.K,), temperatures=(cfg.KNN.TEMPERATURE,), size=None,
+        backend=backend,
+    )  # fmt: skip
     assert results["top1"] == expected
 
 

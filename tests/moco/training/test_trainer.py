@@ -136,7 +136,7 @@ def test_observers_and_evaluation_change_nothing(uninterrupted, tmp_path):
     from moco.evaluation.monitor import build_knn_monitor
 
     source = find_images(images)
-    evaluate = build_knn_monitor(tiny.config(), images, source, torch.device("cpu"), print)
+    evaluate = build_knn_monitor(tiny.config(), images, source, tiny.alone(), print)
     log = JsonLog(tmp_path / "log.jsonl", 0)
     trainer(images, tmp_path).train([log], evaluate)
     log.close()
