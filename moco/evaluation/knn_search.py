@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from moco.data.images import ImageSource
 from moco.data.loader import build_eval_loader
 from moco.data.subset import SubsetSource
 from moco.distributed import ProcessInfo
+from moco.errors import MocoError
 from moco.evaluation.features import RateLines, iterate_features
 from moco.evaluation.neighbours import BLOCK, NeighbourSearch
 
@@ -79,30 +81,56 @@ def find_neighbours(
         dtype: of the features that are compared.
         stop: asked between batches on each process; where it is true on one of them, all give up.
     Returns: None where `stop` said so.
-    Raises: DataError for an unreadable image, NonFiniteError for weights that have diverged.
+    Raises: DataError for an unreadable image, NonFiniteError for weights that have diverged; on
+        every process, whichever met it.
     """
-    device, own, done = reader.process.device, _share(len(test), reader.process), 0
-    rate = RateLines("test images", len(own), say)
-    rows = torch.empty(len(own), reader.width, device=device)
-    for features in _until(stop, reader.batches(test, own, rate)):
-        rows[done : done + len(features)] = features
-        done += len(features)
-    if distributed.any_rank(stop(), device):
+    own = _share(len(test), reader.process)
+    rows = torch.empty(len(own), reader.width, device=reader.process.device)
+    batches = reader.batches(test, own, RateLines("test images", len(own), say))
+    if not _all_done(partial(_fill, rows, _until(stop, batches)), stop):
         return None
     search = NeighbourSearch(_gather_rows(rows), k, dtype=dtype)
     del rows
-    own, pending = _share(len(train), reader.process), []
-    first, rate = own.start, RateLines("training images", len(own), say)
-    for features in _until(stop, reader.batches(train, own, rate)):
+    own = _share(len(train), reader.process)
+    batches = reader.batches(train, own, RateLines("training images", len(own), say))
+    if not _all_done(partial(_add_all, search, _until(stop, batches), own.start), stop):
+        return None
+    search.join_processes()
+    return search
+
+
+def _all_done(work: Callable[[], None], stop: Callable[[], bool]) -> bool:
+    """Do this process's share. Returns: whether all did theirs, and none is to stop.
+
+    A process that failed must not leave the others waiting: its error is raised on all.
+    """
+    error = None
+    try:
+        work()
+    except MocoError as caught:
+        error = caught
+    everyone = distributed.gather_objects((error, stop()))
+    for failed, _ in everyone:
+        if failed is not None:
+            raise failed
+    return not any(stopped for _, stopped in everyone)
+
+
+def _fill(rows: torch.Tensor, batches: Iterator[torch.Tensor]) -> None:
+    done = 0
+    for features in batches:
+        rows[done : done + len(features)] = features
+        done += len(features)
+
+
+def _add_all(search: NeighbourSearch, batches: Iterator[torch.Tensor], first: int) -> None:
+    pending: list[torch.Tensor] = []
+    for features in batches:
         pending.append(features)
         if sum(map(len, pending)) >= BLOCK:
             first = _add(search, pending, first)
-    if distributed.any_rank(stop(), device):
-        return None
     if pending:
         _add(search, pending, first)
-    search.join_processes()
-    return search
 
 
 def _until(stop: Callable[[], bool], batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -9,6 +9,7 @@ from processes import in_processes
 
 from moco.data.images import find_images
 from moco.distributed import ProcessInfo
+from moco.errors import DataError
 from moco.evaluation import knn_search
 from moco.evaluation.monitor import build_knn_monitor
 from moco.methods import build_method
@@ -48,3 +49,16 @@ def test_a_stop_on_one_process_ends_it_on_all(image_folder, tmp_path):
     ranks = in_processes(_evaluate, tmp_path, str(image_folder), 2, 1)
     assert [figures for figures, *_ in ranks] == [None, None]
     assert ranks[1][1] < 20
+
+
+def _unreadable(rank, images):
+    try:
+        _evaluate(rank, images, 2)
+    except DataError as error:
+        return str(error)
+
+
+def test_an_error_of_one_process_is_raised_on_all(image_folder, tmp_path):
+    (image_folder / "train" / "b" / "15.png").write_bytes(b"no image")  # of the second process
+    first, second = in_processes(_unreadable, tmp_path, str(image_folder))
+    assert first == second and "15.png" in first
