@@ -195,6 +195,8 @@ def _summary(folder: Path, packed: Packed) -> str:
         lines += [f"  {reason}" for _, reason in packed.skipped[:20]]
         if len(packed.skipped) > 20:
             lines.append(f"  ... and {len(packed.skipped) - 20} more")
+    for what, (count, first) in packed.left_out.items():
+        lines.append(f"left unread: {count} {what} (first: {first})")
     return "\n".join(lines)
 
 

@@ -20,13 +20,16 @@ def info_nce_logits(
 ) -> torch.Tensor:
     """Similarities divided by the temperature, [B, 1 + K]; column 0 is the positive.
 
+    Values and gradients are the reference's, bit for bit (moco/builder.py, MoCo.forward).
+
     Args:
         q_BD, k_BD: unit vectors, row i of both from the same image.
         negatives_DK: unit vectors in columns, equal for all queries.
     """
     with _full_precision(q_BD):
         positive_B1 = torch.einsum("bd,bd->b", q_BD, k_BD).unsqueeze(1)
-        negative_BK = q_BD @ negatives_DK
+        # q_BD @ negatives_DK is another product in torch: few rows or columns differ in a last bit.
+        negative_BK = torch.einsum("bd,dk->bk", q_BD, negatives_DK)
         return torch.cat([positive_B1, negative_BK], dim=1) / temperature
 
 

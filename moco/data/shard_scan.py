@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +21,28 @@ from moco.data.shard_writer import Packed, ordered_map, write_skipped
 from moco.errors import DataError
 
 _MAX_LABEL = 1 << 20
-_MAX_LABEL_BYTES = 32
+_MAX_LABEL_BYTES = 256
+_SKIPPED = re.compile(r"__[^/]*__(/|$)")  # as webdataset/tariterators.py, tar_file_iterator
+# What may lie in a shard beside the images that are indexed.
+_NO_KEY = "members without key and suffix, or of __NAME__ folders, which webdataset skips too"
+_NO_IMAGE = "keys without an image"
+_BESIDE = "other members beside an image"
 
 
 @dataclass
 class _Scanned:
-    """What one shard holds: numbers, names and the (name, reason) of unreadable images."""
+    """What one shard holds.
+
+    samples: their labels are numbers in `classes`, the different texts of `.cls` files.
+    unreadable: (name, reason) of images. left_out: see `Packed`.
+    """
 
     samples: np.ndarray
     names: list[str]
     unreadable: list[tuple[str, str]]
     num_bytes: int
+    classes: tuple[str, ...]
+    left_out: dict[str, tuple[int, str]]
 
 
 def index_shards(
@@ -39,8 +51,9 @@ def index_shards(
     """Write the index of all .tar files of a folder, in the order of their names.
 
     A sample is a run of files whose names are equal up to the first dot after the last slash. It
-    has one image, and a label where it has a `.cls` file; its other files are not read. Either all
-    samples or none are labelled.
+    has one image, and a label where it has a `.cls` file: a number, or a line of text; its other
+    files are not read. Either all samples or none are labelled. Keys without an image, and members
+    that webdataset skips (README, __meta__/x.json), are left out and counted.
 
     Args:
         tick: called after each shard.
@@ -59,7 +72,7 @@ def index_shards(
     samples = np.concatenate([result.samples for result in scanned])
     if not len(samples):
         raise DataError(f"{folder}: its {len(shards)} .tar files hold no readable image")
-    class_names = _class_names(folder, samples["label"])
+    class_names = _class_names(folder, samples, scanned)
     skipped = [pair for result in scanned for pair in result.unreadable]
     sizes = [result.num_bytes for result in scanned]
     try:
@@ -76,7 +89,17 @@ def index_shards(
         raise DataError(
             f"{error.filename or folder}: cannot be written ({error.strerror})"
         ) from error
-    return Packed(len(samples), len(shards), sum(sizes), skipped)
+    left_out = _added(result.left_out for result in scanned)
+    return Packed(len(samples), len(shards), sum(sizes), skipped, left_out)
+
+
+def _added(parts: Iterable[dict[str, tuple[int, str]]]) -> dict[str, tuple[int, str]]:
+    total: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        for what, (count, first) in part.items():
+            before, name = total.get(what, (0, first))
+            total[what] = (before + count, name)
+    return total
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -96,15 +119,39 @@ def list_shards(folder: Path) -> list[str]:
     return names
 
 
-def _class_names(folder: Path, labels: np.ndarray) -> list[str] | None:
-    without = int((labels == NO_LABEL).sum())
-    if without == len(labels):
+def _class_names(
+    folder: Path, samples: np.ndarray, scanned: Sequence[_Scanned]
+) -> list[str] | None:
+    """The classes of all shards; the labels of `samples` become numbers of theirs, in place.
+
+    Numbers stay what they are; where any label is text, all are names, sorted.
+    """
+    without = int((samples["label"] == NO_LABEL).sum())
+    if without == len(samples):
         return None
     if without:
         raise DataError(
-            f"{folder}: {without} of {len(labels)} samples have no .cls file; label all or none"
+            f"{folder}: {without} of {len(samples)} samples have no .cls file; label all or none"
         )
-    return [str(label) for label in range(int(labels.max()) + 1)]
+    texts = sorted({text for result in scanned for text in result.classes})
+    if len(texts) > _MAX_LABEL:
+        raise DataError(
+            f"{folder}: its .cls files hold {len(texts)} different texts, which are no classes; "
+            f"allowed are {_MAX_LABEL}; write the shards without .cls files"
+        )
+    if all(text.isascii() and text.isdigit() for text in texts):
+        number_of = {text: int(text) for text in texts}
+        names = [str(label) for label in range(max(number_of.values()) + 1)]
+    else:
+        number_of = {text: number for number, text in enumerate(texts)}
+        names = texts
+    position = 0
+    for result in scanned:
+        labels = samples["label"][position : position + len(result.samples)]
+        if len(labels):
+            labels[:] = np.array([number_of[text] for text in result.classes])[labels]
+        position += len(labels)
+    return names
 
 
 class _Scan:
@@ -126,35 +173,51 @@ class _Scan:
 
 def _scan(path: Path, file) -> _Scanned:
     num_bytes = os.fstat(file.fileno()).st_size
-    rows, names, unreadable = [], [], []
-    for key, members in _samples(path, file, num_bytes):
+    rows, names, unreadable, classes = [], [], [], {}
+    left_out: dict[str, tuple[int, str]] = {}
+    for key, members in _samples(path, file, num_bytes, left_out):
         images = {s: m for s, m in members.items() if f".{s}".lower().endswith(IMAGE_SUFFIXES)}
         where = f"{path.name}/{key}"
-        if len(images) != 1:
+        if not images:
+            _count(left_out, _NO_IMAGE, f"{where}.{next(iter(members))}")
+            continue
+        if len(images) > 1:
             found = ", ".join(sorted(members))[:200]
             raise _bad_member(path, key, f"has {len(images)} images, allowed is one ({found})")
         ((suffix, (offset, size)),) = images.items()
-        label = _label(path, key, file, members["cls"]) if "cls" in members else NO_LABEL
+        for other in members.keys() - {suffix, "cls"}:
+            _count(left_out, _BESIDE, f"{where}.{other}")
+        text = _label(path, key, file, members["cls"]) if "cls" in members else None
         data = _bytes_at(file, offset, size)
         try:
             decode_rgb(data, f"{path}: {key}.{suffix}")
         except DataError as error:
             unreadable.append((f"{where}.{suffix}", str(error)))
             continue
+        label = NO_LABEL if text is None else classes.setdefault(text, len(classes))
         sha256 = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8)
         rows.append((offset, size, 0, label, zlib.crc32(data), sha256))
         names.append(f"{where}.{suffix}")
-    return _Scanned(np.array(rows, dtype=SAMPLE), names, unreadable, num_bytes)
+    samples = np.array(rows, dtype=SAMPLE)
+    return _Scanned(samples, names, unreadable, num_bytes, tuple(classes), left_out)
 
 
-def _samples(path: Path, file, num_bytes: int) -> Iterator[tuple[str, dict]]:
+def _count(left_out: dict[str, tuple[int, str]], what: str, name: str) -> None:
+    count, first = left_out.get(what, (0, name))
+    left_out[what] = (count + 1, first)
+
+
+def _samples(
+    path: Path, file, num_bytes: int, left_out: dict[str, tuple[int, str]]
+) -> Iterator[tuple[str, dict]]:
     """(key, {suffix: (offset, size)}) of each run of members with one key."""
     key, members = None, {}
     for name, offset, size in _members(path, file, num_bytes):
         folder, slash, base = name.rpartition("/")
         stem, dot, suffix = base.partition(".")
-        if not dot or not stem:
-            raise _bad_member(path, name, "has no key and suffix, as in 000123.jpg")
+        if not dot or not stem or _SKIPPED.match(name):
+            _count(left_out, _NO_KEY, f"{path.name}/{name}")
+            continue
         if folder + slash + stem != key:
             if members:
                 yield key, members
@@ -193,14 +256,25 @@ def _members(path: Path, file, num_bytes: int) -> Iterator[tuple[str, int, int]]
         raise _bad_archive(path, f"no member's header at {end}, nor the end of the archive")
 
 
-def _label(path: Path, key: str, file, member: tuple[int, int]) -> int:
+def _label(path: Path, key: str, file, member: tuple[int, int]) -> str:
+    """A `.cls` file's text: a number in decimal digits without leading zeros, or a class's name."""
     offset, size = member
-    text = _bytes_at(file, offset, min(size, _MAX_LABEL_BYTES)).strip()
-    if not text.isdigit() or size > _MAX_LABEL_BYTES or int(text) >= _MAX_LABEL:
+    data = _bytes_at(file, offset, min(size, _MAX_LABEL_BYTES)).strip()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if text.isascii() and text.isdigit() and int(text) < _MAX_LABEL:
+        return str(int(text))
+    is_number = re.fullmatch(r"[-+]?[0-9.]+", text) is not None
+    if size > _MAX_LABEL_BYTES or is_number or not text.isprintable() or not text:
         raise _bad_member(
-            path, f"{key}.cls", f"holds {text[:40]!r}, allowed is 0 to {_MAX_LABEL - 1}"
+            path,
+            f"{key}.cls",
+            f"holds {data[:40]!r}, allowed is 0 to {_MAX_LABEL - 1}, or a line of text of up to "
+            f"{_MAX_LABEL_BYTES} bytes",
         )
-    return int(text)
+    return text
 
 
 def _bytes_at(file, offset: int, size: int) -> bytes:

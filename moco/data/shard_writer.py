@@ -12,8 +12,8 @@ import multiprocessing
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,12 +53,17 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class Packed:
-    """What was packed. skipped: (name, reason) of each image that was left out."""
+    """What was packed.
+
+    skipped: (name, reason) of each image that was left out. left_out: what else lay in indexed
+    shards -> (how many, the first one's name).
+    """
 
     num_images: int
     num_shards: int
     num_bytes: int
     skipped: list[tuple[str, str]]
+    left_out: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from moco.cfgnode import CfgNode
 from moco.data.images import ImageSource, find_images
 from moco.data.subset import SubsetSource, stratified_indices
 from moco.distributed import ProcessInfo, broadcast_buffers
+from moco.errors import DataError
 from moco.evaluation.features import encoder_function, evaluation_mode, feature_width
 from moco.evaluation.knn import sweep
 from moco.evaluation.knn_search import FeatureReader, find_neighbours
-from moco.evaluation.splits import check_same_classes, find_test_folder
+from moco.evaluation.splits import TEST_FOLDERS, class_differences, find_test_folder
 from moco.kernels.choose import evaluates_by_kernels
 
 # A training step runs the query encoder forward and backward, and the key encoder forward.
@@ -33,26 +34,40 @@ def build_knn_monitor(
     """The monitor, or None (said, with the reason); the same on every process.
 
     The neighbours are the training images; the test images are those of `val` or `test` in
-    `data_dir`. Both need class folders of the same names.
+    `data_dir`. Both need class folders of the same names. The monitor only watches: whatever is
+    wrong with its images turns it off, in a line, and pretraining goes on.
 
     Args:
         cfg: with TRAIN.AMP and the other choices resolved.
-    Raises: DataError where the two splits have different classes.
     """
     if not cfg.KNN.PERIOD:
         return None
-    folder = find_test_folder(data_dir)
-    if train.labels is None or folder is None or Path(train.root) == Path(data_dir):
-        say(
-            "kNN monitor: off, it needs class folders in train/ and in val/ or test/ of "
-            f"{data_dir}"
-        )
+    try:
+        test = _test_images(data_dir, train)
+    except DataError as error:
+        say(f"kNN monitor off: {error}")
         return None
-    test = find_images(folder)
-    check_same_classes(train, test, "give both the same classes, or set KNN.PERIOD 0")
     monitor = KnnMonitor(cfg, train, test, process, say)
     say(monitor.describe(len(train)))
     return monitor
+
+
+def _test_images(data_dir: str, train: ImageSource) -> ImageSource:
+    """Raises: DataError where there are none with the labels of `train`."""
+    folder = find_test_folder(data_dir)
+    if train.labels is None:
+        raise DataError(f"{train.root} is a flat folder of images, without labels")
+    if folder is None:
+        raise DataError(f"{data_dir} has no folder {' or '.join(TEST_FOLDERS)}")
+    if Path(train.root) == Path(data_dir):
+        raise DataError(f"{data_dir} holds classes, not train/ beside {folder.name}/")
+    test = find_images(folder)
+    if test.labels is None:
+        raise DataError(f"{folder} is a flat folder of images, without labels")
+    differing = class_differences(train, test)
+    if differing:
+        raise DataError(differing)
+    return test
 
 
 class KnnMonitor:
@@ -72,6 +87,7 @@ class KnnMonitor:
         say: Callable[[str], None],
     ):
         self.cfg, self.process, self.say = cfg, process, say
+        self.is_on = True
         self.num_whole = len(train), len(test)
         self.train, self.test = (_capped(source, cfg.KNN.MAX_IMAGES) for source in (train, test))
 
@@ -94,6 +110,16 @@ class KnnMonitor:
         self, encoder: nn.Module, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """Args: stop: asked between batches. Returns: None where it said so on any process."""
+        try:
+            return self._evaluate(encoder, stop) if self.is_on else {}
+        except DataError as error:  # an unreadable image, stuck workers; the same on all processes
+            self.is_on = False
+            self.say(f"kNN monitor off from now on: {error}; pretraining goes on")
+            return {}
+
+    def _evaluate(
+        self, encoder: nn.Module, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
         cfg, process = self.cfg, self.process
         with evaluation_mode(encoder), evaluates_by_kernels(encoder), _buffers_of_main(encoder):
             encode = encoder_function(encoder, cfg.KNN.FEATURES, amp=cfg.TRAIN.AMP)

@@ -8,6 +8,7 @@ from moco.data.images import ImageSource, find_images
 from moco.errors import DataError
 
 TEST_FOLDERS = ("val", "test")
+_SHOWN = 5  # differing classes, in a message
 
 
 def find_test_folder(data_dir: str) -> Path | None:
@@ -42,9 +43,23 @@ def find_splits(data_dir: str, test_dir: str | None = None) -> tuple[ImageSource
 
 def check_same_classes(train: ImageSource, test: ImageSource, remedy: str) -> None:
     """Raises: DataError where the two splits have different classes."""
-    if test.class_names != train.class_names:
-        differing = sorted(set(test.class_names) ^ set(train.class_names))
+    differing = class_differences(train, test)
+    if differing:
         raise DataError(
-            f"{test.root}: its class folders differ from those of {train.root} "
-            f"({', '.join(differing[:5])}); {remedy}"
+            f"{test.root}: its class folders differ from those of {train.root} ({differing}); "
+            f"{remedy}"
         )
+
+
+def class_differences(train: ImageSource, test: ImageSource) -> str:
+    """Which classes one split has and the other has not, in words; empty where they are equal."""
+    name = Path(test.root).name
+    parts = []
+    for what, names in (
+        (f"missing in {name}", set(train.class_names) - set(test.class_names)),
+        (f"only in {name}", set(test.class_names) - set(train.class_names)),
+    ):
+        if names:
+            more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
+            parts.append(f"{what}: {', '.join(sorted(names)[:_SHOWN])}{more}")
+    return "; ".join(parts)

@@ -123,12 +123,20 @@ HOSTILE = {
     "a name that leads out": (archive([("../0.png", FILE, PNG)]), "stays in its folder"),
     "an absolute name": (archive([("/tmp/0.png", FILE, PNG)]), "stays in its folder"),
     "a name of two lines": (archive([("a\nb.png", FILE, PNG)]), "stays in its folder"),
-    "no suffix": (archive([("image", FILE, PNG)]), "no key and suffix"),
-    "no key": (archive([(".png", FILE, PNG)]), "no key and suffix"),
+    "no suffix": (archive([("image", FILE, PNG)]), "hold no readable image"),
+    "no key": (archive([(".png", FILE, PNG)]), "hold no readable image"),
     "two images": (archive([("0.png", FILE, PNG), ("0.jpg", FILE, PNG)]), "has 2 images"),
-    "no image": (archive([("0.txt", FILE, b"x")]), "has 0 images"),
+    "no image": (archive([("0.txt", FILE, b"x")]), "hold no readable image"),
     "a member twice": (archive([("0.png", FILE, PNG), ("0.png", FILE, PNG)]), "comes twice"),
-    "a label of text": (archive([("0.png", FILE, PNG), ("0.cls", FILE, b"cat")]), "holds b'cat'"),
+    "a label of bytes": (
+        archive([("0.png", FILE, PNG), ("0.cls", FILE, b"\xff\xfe")]), "a line of text"),
+    "a label of two lines": (
+        archive([("0.png", FILE, PNG), ("0.cls", FILE, b"a\nb")]), "a line of text"),
+    "an empty label": (archive([("0.png", FILE, PNG), ("0.cls", FILE, b" ")]), "holds b''"),
+    "a long label": (
+        archive([("0.png", FILE, PNG), ("0.cls", FILE, b"a" * 257)]), "up to 256 bytes"),
+    "a fraction as label": (
+        archive([("0.png", FILE, PNG), ("0.cls", FILE, b"1.5")]), "holds b'1.5'"),
     "a negative label": (archive([("0.png", FILE, PNG), ("0.cls", FILE, b"-1")]), "holds b'-1'"),
     "a huge label": (
         archive([("0.png", FILE, PNG), ("0.cls", FILE, b"9" * 30)]), "allowed is 0 to"),
@@ -138,7 +146,8 @@ HOSTILE = {
         archive([("0.png", FILE, PNG), ("0.cls", FILE, b"1"), ("1.png", FILE, PNG)]),
         "1 of 2 samples have no .cls"),
     "a pickle that calls a shell": (
-        archive([("0.pkl", FILE, b"cos\nsystem\n(S'touch touched'\ntR.")]), "has 0 images"),
+        archive([("0.pkl", FILE, b"cos\nsystem\n(S'touch touched'\ntR.")]),
+        "hold no readable image"),
     "an unreadable image": (archive([("0.png", FILE, PNG[:40])]), "cannot be read as an image"),
     "a gzip archive": (archive([("0.png", FILE, PNG)]).join((b"\x1f\x8b\x08", b"")), "tar archive"),
     "a cut archive": (archive([("0.png", FILE, PNG)])[:550], "do not fit"),
@@ -164,6 +173,56 @@ def test_hostile_archives_are_refused(tmp_path, capsys, monkeypatch, kind):
     (tmp_path / "shards" / "a.tar").write_bytes(data)
     assert reason in refused(capsys, "--index-only", tmp_path / "shards")
     assert [p.name for p in tmp_path.rglob("*")] == ["shards", "a.tar"]
+
+
+def test_labels_of_text_are_class_names(tmp_path):
+    """Over shards, in each of which other classes come first."""
+    for shard, texts in (("a", ("zebra", "7")), ("b", ("golden retriever\n", "zebra", "né"))):
+        members = []
+        for number, text in enumerate(texts):
+            members += [(f"{number}.png", FILE, PNG), (f"{number}.cls", FILE, text.encode())]
+        (tmp_path / f"{shard}.tar").write_bytes(archive(members))
+    assert run("--index-only", tmp_path) == 0
+    found = find_images(tmp_path)
+    assert found.class_names == ("7", "golden retriever", "né", "zebra")
+    assert found.labels == (3, 0, 1, 3, 2)
+
+
+def test_labels_that_are_all_numbers_stay_numbers(tmp_path):
+    members = []
+    for number, text in enumerate(("3", "001", "3")):
+        members += [(f"{number}.png", FILE, PNG), (f"{number}.cls", FILE, text.encode())]
+    (tmp_path / "a.tar").write_bytes(archive(members))
+    assert run("--index-only", tmp_path) == 0
+    assert find_images(tmp_path).class_names == ("0", "1", "2", "3")
+    assert find_images(tmp_path).labels == (3, 1, 3)
+
+
+BESIDE = [
+    ("README", FILE, b"made by us"), ("LICENSE.txt", FILE, b"free"), (".hidden", FILE, b""),
+    ("__meta__/x.json", FILE, b"{}"), ("sub/__meta__", FILE, b""),
+    ("0.json", FILE, b"{}"), ("0.png", FILE, PNG), ("0.txt", FILE, b"a cat"),
+    ("1.json", FILE, b"{}"), ("2.png", FILE, PNG),
+]  # fmt: skip
+
+
+def test_other_members_are_left_unread_and_counted(tmp_path, capsys):
+    (tmp_path / "a.tar").write_bytes(archive(BESIDE))
+    assert run("--index-only", tmp_path) == 0
+    assert find_images(tmp_path).paths == ("a.tar/0.png", "a.tar/2.png")
+    said = capsys.readouterr().out
+    assert "left unread: 4 members without key and suffix" in said and "a.tar/README" in said
+    assert "left unread: 2 keys without an image (first: a.tar/LICENSE.txt)" in said
+    assert "left unread: 2 other members beside an image" in said
+
+
+def test_the_same_images_as_webdataset_finds(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    (tmp_path / "a.tar").write_bytes(archive(BESIDE))
+    assert run("--index-only", tmp_path) == 0
+    samples = wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    theirs = [f"a.tar/{s['__key__']}.png" for s in samples if "png" in s]
+    assert tuple(theirs) == find_images(tmp_path).paths
 
 
 def test_unreadable_images_of_others_can_be_skipped(tmp_path, capsys):

@@ -1,12 +1,18 @@
 """InfoNCE by three oracles: by hand, another formula, and plain Python; with negative controls."""
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moco.contrast.info_nce import contrast_accuracy, info_nce_logits, info_nce_loss
+from moco.contrast.info_nce import (
+    contrast_accuracy,
+    in_batch_logits,
+    info_nce_logits,
+    info_nce_loss,
+)
 
 
 def unit(rows, dim, seed):
@@ -70,3 +76,57 @@ def test_accuracy_counts_the_rank_of_the_positive():
     figures = contrast_accuracy(logits)
     assert figures["acc1"].item() == pytest.approx(100 / 3)
     assert figures["acc5"].item() == pytest.approx(200 / 3)
+
+
+# Shapes at which a matrix product of torch may choose another way to sum; 918 of them.
+SMALL_SHAPES = list(itertools.product(
+    (1, 2, 3, 4, 5, 8, 16, 32, 64),
+    (2, 8, 16, 32, 64, 128),
+    (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 20, 31, 32, 64, 128, 256, 1024),
+))  # fmt: skip
+
+
+def references_logits(q, k, queue, temperature):
+    """As MoCo.forward of facebookresearch/moco computes them."""
+    positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
+    negative = torch.einsum("nc,ck->nk", [q, queue.clone().detach()])
+    return torch.cat([positive, negative], dim=1) / temperature
+
+
+def by_matrix_product(q, k, queue, temperature):
+    positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
+    return torch.cat([positive, q @ queue], dim=1) / temperature
+
+
+def num_differing(logits_of):
+    """At how many of the small shapes logits, loss or gradient are not the reference's bits."""
+    differing = 0
+    for batch, dim, queue_size in SMALL_SHAPES:
+        args = unit(batch, dim, 1).float(), unit(queue_size, dim, 2).float().T.contiguous(), 0.2
+        found = []
+        for function in (logits_of, references_logits):
+            q = unit(batch, dim, 0).float().requires_grad_()
+            logits = function(q, *args)
+            loss = info_nce_loss(logits)
+            loss.backward()
+            found.append((logits, loss, q.grad))
+        differing += not all(map(torch.equal, *found))
+    return differing
+
+
+def test_bits_are_the_references_at_small_shapes():
+    assert len(SMALL_SHAPES) == 918
+    assert num_differing(info_nce_logits) == 0
+    # Negative control: the other product differs at about a tenth of them.
+    assert num_differing(by_matrix_product) > 9
+
+
+def test_in_batch_similarities_are_moco_v3s_but_for_the_last_bit():
+    differing = 0
+    for batch, dim, num_keys in SMALL_SHAPES:
+        q, keys = unit(batch, dim, 0).float(), unit(num_keys, dim, 1).float()
+        logits, _ = in_batch_logits(q, keys, 0, 1.0)
+        expected = torch.einsum("nc,mc->nm", [q, keys])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+        differing += not torch.equal(logits, expected)
+    assert differing > 0  # as docs/COMPATIBILITY.md says
