@@ -39,7 +39,7 @@ def build_knn_monitor(
             f"{data_dir}"
         )
         return None
-    test = find_images(folder)
+    test = find_images(folder, train.decoding)
     check_same_classes(train, test, "give both the same classes, or set KNN.PERIOD 0")
 
     def evaluate(encoder: nn.Module) -> dict[str, float]:
