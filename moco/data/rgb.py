@@ -97,10 +97,7 @@ def opened(file: str | os.PathLike | io.BytesIO, decoding: Decoding) -> Iterator
         whatever else Pillow raises for a file.
     """
     limit = decoding.max_pixels
-    if limit > PILLOWS_LIMIT and Image.MAX_IMAGE_PIXELS is not None:
-        # Pillow keeps its limit in one variable of the process, which threads share: it is raised
-        # only. What this image may have is checked below.
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
+    raise_pillows_limit(limit)
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             num_pixels = image.width * image.height
@@ -114,6 +111,15 @@ def opened(file: str | os.PathLike | io.BytesIO, decoding: Decoding) -> Iterator
             f"{str(error).rstrip('.')}; for a file that can be trusted raise "
             f"{decoding.max_pixels_key}, now {limit}"
         ) from error
+
+
+def raise_pillows_limit(num_pixels: int) -> None:
+    """Have Pillow open images of so many pixels in this process.
+
+    It keeps its limit in one variable, which threads share, so it is raised only.
+    """
+    if num_pixels > PILLOWS_LIMIT and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, num_pixels)
 
 
 def is_sixteen_bit(image: Image.Image) -> bool:

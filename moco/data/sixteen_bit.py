@@ -8,16 +8,15 @@ configuration; here a few images are looked at, and a range is proposed.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moco.data.images import ImageSource
 from moco.data.rgb import Decoding, grey_levels, is_sixteen_bit, opened
 from moco.errors import DataError
 
-NUM_LOOKED_AT, _MOST_DECODED = 32, 8
+NUM_LOOKED_AT, MOST_DECODED = 32, 8
 _FEWEST_LEVELS = 64  # of 256, from black to white
 _PERCENTILES = (0.1, 99.9)  # a dead or burnt-out pixel says nothing
 _MOST_OUTSIDE = 0.01  # of the pixels
@@ -44,12 +43,16 @@ def sixteen_bit_use(file: io.BytesIO | str, decoding: Decoding) -> SixteenBitUse
     return SixteenBitUse(int(low), int(high), outside)
 
 
-def look_at_sixteen_bits(source: ImageSource) -> list[str]:
-    """Lines about the 16-bit grey among `NUM_LOOKED_AT` images spread over a source."""
+def look_at_sixteen_bits(source) -> list[str]:
+    """Lines about the 16-bit grey among `NUM_LOOKED_AT` images spread over a source.
+
+    Args:
+        source: `ImageSource` or anything like it.
+    """
     number = min(len(source), NUM_LOOKED_AT)
     found: list[SixteenBitUse] = []
     for index in (i * len(source) // number for i in range(number)):
-        if len(found) == _MOST_DECODED:
+        if len(found) == MOST_DECODED:
             break
         try:
             use = sixteen_bit_use(io.BytesIO(source.read_bytes(index)), source.decoding)
@@ -62,18 +65,21 @@ def look_at_sixteen_bits(source: ImageSource) -> list[str]:
     return lines_about(found, source.decoding, "DATA.SIXTEEN_BIT_RANGE")
 
 
-def lines_about(uses: Iterable[SixteenBitUse], decoding: Decoding, key: str) -> list[str]:
+def lines_about(
+    uses: Sequence[SixteenBitUse], decoding: Decoding, key: str, of: int | None = None
+) -> list[str]:
     """What to say of 16-bit images that were looked at, none where there was none.
 
     Args:
         key: the name of the range's key.
+        of: how many there are in all, where that is known.
     """
-    uses = list(uses)
     if not uses:
         return []
     low, high = min(use.low for use in uses), max(use.high for use in uses)
     levels = grey_levels(low, high, decoding.sixteen_bit_range)
-    start = f"16-bit grey: {len(uses)} such image{'s' * (len(uses) > 1)} looked at, values"
+    number = f"{len(uses)} of {of}" if of is not None else str(len(uses))
+    start = f"16-bit grey: {number} such images looked at, values"
     given = f"{key} {decoding.sixteen_bit_range}"
     line = f"{start} {low} to {high}: {levels} of 256 grey levels by {given}"
     proposed = proposed_range(low, high)

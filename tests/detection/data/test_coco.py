@@ -191,7 +191,7 @@ CAT = {"id": 3, "name": "cat"}
     [
         (content(annotation(category_id=4)), ("annotations[0]: category_id: 4", "categories")),
         (content(annotation(category_id=None)), ("category_id: missing",)),
-        (content(annotation(image_id=8)), ("annotations[0]: image_id: 8", "its images")),
+        (content(annotation(image_id=8)), ("annotations: none of 1 is of an image that the file",)),
         (content(annotation(image_id=[7])), ("image_id: [7]",)),
         (content(annotation(1), annotation(1)), ("annotations[1]: id: 1", "one annotation an id")),
         (content(annotation(None)), ("annotations[0]: id: None", "whole number")),
@@ -234,7 +234,8 @@ CAT = {"id": 3, "name": "cat"}
         (content(images=[{**IMAGE, "file_name": None}]), ("file_name: None",)),
         (content(images=[{**IMAGE, "file_name": "\udc80.jpg"}]), ("a path in",)),
         (content(images=[{**IMAGE, "height": 0}]), ("height, width: (0, 60)",)),
-        (content(images=[{**IMAGE, "width": 60.0}]), ("height, width: (40, 60.0)",)),
+        (content(images=[{**IMAGE, "width": 60.5}]), ("height, width: (40, 60.5)",)),
+        (content(images=[{**IMAGE, "id": 1e300}]), ("images[0]: id: 1e+300",)),
         (content(images=[{**IMAGE, "width": 61}]), ("a.jpg: size: 61 x 40 in x.json", "60 x 40")),
         (content(images=[{**IMAGE, "file_name": "c.jpg"}]), ("c.jpg: image: missing",)),
         (content(images=[{**IMAGE, "file_name": "x.json"}]), ("x.json: image: does not open",)),
