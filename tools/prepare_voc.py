@@ -80,16 +80,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _next_command(root: Path, class_names: tuple[str, ...]) -> str:
-    train, test = (shlex.quote(repr((name,))) for name in SPLITS)
+    train, test = (_quoted((name,)) for name in SPLITS)
     return (
         "next: python detection/train_net.py --config-file "
         "configs/own_data/bccd_R_50_C4_moco.yaml --trials 5 \\\n"
         f"    DATASETS.VOC_ROOT {shlex.quote(str(root))} \\\n"
-        f"    DATASETS.VOC_CLASSES {shlex.quote(repr(class_names))} \\\n"
+        f"    DATASETS.VOC_CLASSES {_quoted(class_names)} \\\n"
         f"    DATASETS.TRAIN {train} DATASETS.TEST {test} \\\n"
         f"    MODEL.ROI_HEADS.NUM_CLASSES {len(class_names)} \\\n"
         "    MODEL.WEIGHTS moco_d2.pth OUTPUT_DIR runs/own"
     )
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    """For a shell: double quotes, as tuples are written in the documentation, where they do."""
+    text = repr(names)
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 if __name__ == "__main__":
