@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from detection.config_keys import DEFAULTS, EXTRA_NORM_HEADS, UNSUPPORTED
 from moco.cfgnode import CfgNode, get_key, load_config
+from moco.data.rgb import FULL_RANGE
 from moco.errors import ConfigError
 
 
@@ -148,6 +149,16 @@ def _check_run(cfg: CfgNode, where: str) -> None:
     _require(ok, where, "INPUT.MIN_SIZE_TRAIN", sizes, "one or more sizes in pixels, 1 or more")
     num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
     _require(num_iter >= 1, where, "TEST.PRECISE_BN.NUM_ITER", num_iter, "1 or more")
+    ends = cfg.INPUT.SIXTEEN_BIT_RANGE
+    ok = len(ends) == 2 and all(type(end) is int for end in ends)
+    ok = ok and 0 <= ends[0] < ends[1] <= FULL_RANGE[1]
+    allowed = "two whole numbers, 0 <= black < white <= 65535"
+    _require(ok, where, "INPUT.SIXTEEN_BIT_RANGE", ends, allowed)
+    ok = tuple(ends) == FULL_RANGE or cfg.DATALOADER.STREAM != "detectron2"
+    allowed = f"{FULL_RANGE} with DATALOADER.STREAM detectron2, which reads images as Detectron2"
+    _require(ok, where, "INPUT.SIXTEEN_BIT_RANGE", ends, allowed)
+    limit = cfg.INPUT.MAX_IMAGE_PIXELS
+    _require(limit >= 1, where, "INPUT.MAX_IMAGE_PIXELS", limit, "1 or more")
     if cfg.DATALOADER.STREAM == "detectron2":  # whose negative SEED means a new one each time
         allowed = "0 to 4000000000 with DATALOADER.STREAM detectron2: the SEED of the run to equal"
         _require(0 <= cfg.SEED <= 4 * 10**9, where, "SEED", cfg.SEED, allowed)

@@ -17,6 +17,8 @@ EXTRA_KEYS = (
     "DATASETS.VOC_CLASSES",
     "DATASETS.VOC_METRIC",
     "DATASETS.COCO_FILES",
+    "INPUT.SIXTEEN_BIT_RANGE",
+    "INPUT.MAX_IMAGE_PIXELS",
     "TEST.ROUND_DETECTIONS",
     "TEST.AMP.ENABLED",
     "MODEL.CHANNELS_LAST",
@@ -164,6 +166,8 @@ DEFAULTS = dict(
         RANDOM_FLIP="horizontal",
         CROP=dict(ENABLED=False, TYPE="relative_range", SIZE=[0.9, 0.9]),
         MASK_FORMAT="polygon",
+        SIXTEEN_BIT_RANGE=(0, 65535),
+        MAX_IMAGE_PIXELS=178956970,
     ),
     DATASETS=dict(
         TRAIN=(),

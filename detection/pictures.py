@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from detection.data.transforms import read_image
+from moco.data.rgb import DEFAULT_DECODING, Decoding
 
 _TRUTH_COLOUR = (0, 170, 60)
 _DETECTION_COLOUR = (255, 120, 0)
@@ -36,6 +37,7 @@ def draw_detections(
     path: str | os.PathLike,
     score_threshold: float = 0.3,
     masks: Sequence[dict] | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> Path:
     """Draw one image with its ground truth (green) and its detections (orange), with a legend.
 
@@ -46,10 +48,13 @@ def draw_detections(
         path: the picture to write (.png or .jpg).
         score_threshold: detections below it are left out; the legend counts them.
         masks: N COCO RLE dicts of the image's size, filled in, each in a colour of its own.
+        decoding: how the detector's images were read.
     Raises: DataError if the image cannot be read.
     """
     path = Path(path)
-    picture = _picture(record, boxes, scores, classes, class_names, score_threshold, masks)
+    picture = _picture(
+        record, boxes, scores, classes, class_names, score_threshold, masks, decoding
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
     # Coloured lines and small letters blur at JPEG's usual settings.
@@ -64,6 +69,7 @@ def save_detection_pictures(
     folder: str | os.PathLike,
     num_images: int = 6,
     score_threshold: float = 0.3,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> list[Path]:
     """Write pictures of images spread evenly over the records, and one sheet of them all.
 
@@ -82,7 +88,9 @@ def save_detection_pictures(
     for record in chosen:
         found = detections.get(record["image_id"], nothing)
         masks = found[3] if len(found) > 3 else None
-        pictures.append(_picture(record, *found[:3], class_names, score_threshold, masks))
+        pictures.append(
+            _picture(record, *found[:3], class_names, score_threshold, masks, decoding)
+        )
         paths.append(folder / f"{record['image_id']}.png")
         pictures[-1].save(paths[-1])
     paths.append(folder / "contact_sheet.png")
@@ -115,9 +123,9 @@ def contact_sheet(
 
 
 def _picture(
-    record, boxes, scores, classes, class_names, score_threshold, masks=None
+    record, boxes, scores, classes, class_names, score_threshold, masks, decoding
 ) -> Image.Image:
-    pixels = np.ascontiguousarray(read_image(record["file_name"], "RGB"))
+    pixels = np.ascontiguousarray(read_image(record["file_name"], "RGB", decoding))
     shown = [i for i in np.argsort(-np.asarray(scores)) if scores[i] >= score_threshold]
     colours = {i: _DETECTION_COLOUR for i in shown}
     if masks is not None:

@@ -15,17 +15,23 @@ import numpy as np
 
 from detection.config import load_detection_config
 from detection.data import voc
-from detection.data.data_check import CheckReport, image_size
+from detection.data.data_check import CheckReport, ImageHeader, image_header
 from detection.data.datasets import DetectionData
+from detection.data.transforms import decoding_of
 from detection.engines.base import FINAL_MODEL, Engine, Run
 from detection.pictures import draw_detections
 from detection.run_folder import CLASSES_FILE, CONFIG_FILE, read_class_names
 from moco.cfgnode import CfgNode
+from moco.data.rgb import Decoding
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError, ConfigError, DataError
 from moco.training.checkpoint import manifest_path, verify_manifest, write_json_atomic
 
 DETECTIONS_FILE = "detections.json"
+CLIPPED = (
+    "16-bit grey, read as Detectron2 reads it: clipped at 255, so nearly all white; --engine "
+    "embedded scales it where the model was trained so"
+)
 PICTURES_FOLDER = "pictures"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 
@@ -174,7 +180,8 @@ def predict_images(
         threshold: detections of a lower score are left out, of pictures and file.
     Yields: for each image its entry in detections.json: "file", then "error" if it could not be
         read, else "width", "height", "picture", "boxes" [x0, y0, x1, y1] in pixels from 0,
-        "scores", "classes" (names) and, of a model with a mask head, "masks" (COCO RLE).
+        "scores", "classes" (names), of a model with a mask head "masks" (COCO RLE), and perhaps
+        "warning".
     Raises: CheckpointError for weights that do not fit; ConfigError if nothing can be written.
     """
     pictures = picture_paths(images, output_dir / PICTURES_FOLDER)
@@ -185,10 +192,11 @@ def predict_images(
             f"--output-dir {output_dir}: cannot be written to ({error.strerror}); give another"
         ) from error
     detect = engine.detector(_run(model, process, output_dir))
+    decoding = decoding_of(model.cfg, engine.name)
     entries = []
     for image, picture in zip(images, pictures, strict=True):
         try:
-            entry = _detect_one(detect, image, picture, model.class_names, threshold)
+            entry = _detect_one(detect, image, picture, model.class_names, threshold, decoding)
             entry["picture"] = picture.relative_to(output_dir).as_posix()
         except DataError as error:
             entry = {"file": str(image), "error": str(error)}
@@ -233,11 +241,16 @@ def _detect_one(
     picture: Path,
     class_names: Sequence[str],
     threshold: float,
+    decoding: Decoding,
 ) -> dict:
-    width, height = _size(image)
+    header = _header(image, decoding)
+    width, height = header.width, header.height
     record = {"file_name": str(image), "image_id": str(image), "height": height, "width": width}
     boxes, scores, classes, *masks = detect(record)
-    draw_detections(record, boxes, scores, classes, class_names, picture, threshold, *masks)
+    draw_detections(
+        record, boxes, scores, classes, class_names, picture, threshold,
+        masks[0] if masks else None, decoding,
+    )
     kept = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= threshold]
     entry = {
         "file": str(image),
@@ -247,22 +260,23 @@ def _detect_one(
         "scores": [_short(scores[i]) for i in kept],
         "classes": [class_names[int(classes[i])] for i in kept],
     }
+    if header.is_sixteen_bit and decoding.sixteen_bit_range is None:
+        entry["warning"] = CLIPPED
     if masks:
         rles = [masks[0][i] for i in kept]
         entry["masks"] = [{"size": list(m["size"]), "counts": _text(m["counts"])} for m in rles]
     return entry
 
 
-def _size(image: Path) -> tuple[int, int]:
-    """(width, height) as `read_image` turns it. Raises: DataError."""
+def _header(image: Path, decoding: Decoding) -> ImageHeader:
+    """Its size as `read_image` turns it. Raises: DataError."""
     try:
-        height, width = image_size(image)
+        return image_header(image, decoding)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(
             f"{image}: this image cannot be read ({' '.join(str(reason).split())})"
         ) from error
-    return width, height
 
 
 def _short(value: np.floating) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from detection.data.account import meaning_of_absent_classes
 from detection.report_classes import per_class_table, write_per_class_csv
 from detection.report_coco import coco_table
 from detection.report_curves import write_curves_report
@@ -129,6 +130,7 @@ def _origin(results: dict) -> str:
     lines = [
         f"- engine: {results['engine']} ({_versions(results['versions'])})",
         f"- metric: {results['metric']}",
+        *_absent_classes(results),
         f"- weights: {start}",
         f"- config digest: {results['config_digest']} (all keys in `config.yaml`)",
     ]
@@ -137,6 +139,16 @@ def _origin(results: dict) -> str:
     if others:
         lines.append(f"- some trials ran with other versions: {'; '.join(sorted(others))}")
     return "\n".join(lines)
+
+
+def _absent_classes(results: dict) -> list[str]:
+    names = results.get("classes_without_test_objects")  # absent from results of before
+    if not names:
+        return []
+    is_coco = results["metric"].startswith("COCO")
+    year = 2007 if results["metric"].startswith("VOC 2007") else 2012
+    meaning = meaning_of_absent_classes("coco" if is_coco else "voc", None if is_coco else year)
+    return [f"- classes without an object in the test data: {', '.join(names)}; {meaning}"]
 
 
 def _published_table(results: dict, published: dict) -> str:

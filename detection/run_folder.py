@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from detection.config import get_defaults
 from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS
 from moco.cfgnode import CfgNode, digest, flatten, to_dict
+from moco.data.rgb import FULL_RANGE
 from moco.errors import CheckpointError
 from moco.safe_yaml import read_yaml
 from moco.training.checkpoint import MANIFEST_SUFFIX, read_json, write_json_atomic
@@ -23,6 +25,7 @@ NOT_IN_DIGEST = (
     "SOLVER.PROGRESS_PERIOD",
     "SOLVER.CHECKPOINT_PERIOD",
     "MODEL.WEIGHTS",
+    "INPUT.MAX_IMAGE_PIXELS",
 )
 _NUM_DIFFERENCES_SHOWN = 5
 
@@ -32,6 +35,8 @@ def run_digest(cfg: CfgNode, weights_sha256: str | None, engine: str) -> str:
     left_out = _not_in_digest(cfg, engine)
     if cfg.MODEL.COMPILE == "eager":  # runs of before the key go on
         left_out += ("MODEL.COMPILE",)
+    if tuple(cfg.INPUT.SIXTEEN_BIT_RANGE) == FULL_RANGE:
+        left_out += ("INPUT.SIXTEEN_BIT_RANGE",)
     text = f"{digest(cfg, left_out)} {weights_sha256}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -117,7 +122,8 @@ def _differences(folder: Path, cfg: CfgNode, engine: str) -> str:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return "its config.yaml is missing, its config digest differs"
-    there = read_yaml(path)
+    # It lacks the keys that came after it.
+    there = {**flatten(get_defaults()), **flatten(read_yaml(path))}
     changed = changed_keys(there, to_dict(cfg), ignored=_not_in_digest(cfg, engine))
     found = [f"{key} {old} there, {new} now" for key, (old, new) in changed.items()]
     if not found:

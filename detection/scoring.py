@@ -75,6 +75,7 @@ def _score_coco(
         data.coco_json,
         data.test_records,
         data.class_names,
+        data.category_ids,
         with_masks=cfg.MODEL.MASK_ON,
     )
     tasks = {task: _numbers(scores.overall) for task, scores in found.items()}

@@ -18,7 +18,9 @@ import torch
 
 from detection.config import check_processes
 from detection.data.datasets import DetectionData, check_and_load
+from detection.data.loader import usable_records
 from detection.data.masks import check_masks
+from detection.data.transforms import decoding_of
 from detection.engines.base import Engine, Run, TrainingStopped
 from detection.pictures import save_detection_pictures
 from detection.report import write_report
@@ -91,7 +93,9 @@ def prepare(
     if not eval_only:
         check_processes(cfg, process.world_size, process.device.type)
     loaded = engine.check(cfg, eval_only=eval_only)
-    data = check_and_load(cfg)
+    data = check_and_load(cfg, engine.name)
+    if not eval_only:
+        usable_records(data.train_records, cfg)
     check_masks(cfg, data.train_records)
     output_dir = _make_output_dir(cfg)
     path = cfg.MODEL.WEIGHTS
@@ -256,6 +260,7 @@ def collect(job: Job, trials: Sequence[dict]) -> dict:
         "config_digest": job.config_digest,
         "dataset": job.data.test_name,
         "metric": metric_in_words(job.data, job.cfg),
+        "classes_without_test_objects": list(job.data.absent_classes),
         "weights": job.weights,
         "num_trials": len(trials),
         **summarise(trials),
@@ -290,7 +295,9 @@ def _score(job: Job, run: Run, *, pictures: bool) -> dict:
     folder = run.output_dir if job.process.is_main else None
     scores = score_detections(job.data, job.cfg, detections, folder)
     if pictures and job.process.is_main:
-        save_detection_pictures(records, detections, names, run.output_dir / "pictures")
+        decoding = decoding_of(run.cfg, job.engine.name)
+        folder = run.output_dir / "pictures"
+        save_detection_pictures(records, detections, names, folder, decoding=decoding)
     return {"status": "finished", "error": None, **scores, **others}
 
 

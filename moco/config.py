@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moco.cfgnode import CfgNode, get_key, load_config
+from moco.cfgnode import CfgNode, flatten, get_key, load_config, to_dict
 from moco.errors import ConfigError
 
 # What may differ between a run and its continuation: none of it changes a number.
 DIGEST_EXCLUDE = (
     "DATA.NUM_WORKERS",
     "DATA.MAX_BAD_FRACTION",
+    "DATA.MAX_IMAGE_PIXELS",
     "DATA.WORKER_TIMEOUT",
     "TRAIN.RANK_CHECK_PERIOD",
     "CHECKPOINT",
@@ -22,6 +23,9 @@ DIGEST_EXCLUDE = (
     "KNN",
 )
 
+# Keys that came later -> the value that does what was done before them. At it a key is left out of
+# digests and comparisons, so runs of before go on.
+LATER_KEYS = {"DATA.SIXTEEN_BIT_RANGE": [0, 65535], "DATA.MAX_IMAGE_PIXELS": 178956970}
 
 OWN_VALUE = -1.0  # of DATA.BLUR_PROBABILITY: what the recipe itself says
 
@@ -73,6 +77,8 @@ def get_defaults() -> CfgNode:
             BLOCK_SIZE=256,  # images that lie together, of "blocks"
             BLOCKS_IN_FLIGHT=64,  # blocks that are mixed at any moment
             MAX_BAD_FRACTION=0.0,  # of unreadable images that are replaced; 0: none is
+            SIXTEEN_BIT_RANGE=(0, 65535),  # black and white of 16-bit grey; 12 bits: (0, 4095)
+            MAX_IMAGE_PIXELS=178956970,  # larger images are refused; this is Pillow's own limit
         ),
         AUGMENT=CfgNode(
             BACKEND="opencv",  # "pil": the reference's pixels; "device": all after the crop there
@@ -146,6 +152,7 @@ _AT_LEAST = {
     "DATA.SIZE": 1,
     "DATA.NUM_WORKERS": 0,
     "DATA.WORKER_TIMEOUT": 0,
+    "DATA.MAX_IMAGE_PIXELS": 1,
     "DATA.BLOCK_SIZE": 1,
     "DATA.BLOCKS_IN_FLIGHT": 1,
     "TRAIN.EPOCHS": 1,
@@ -196,6 +203,12 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
     return cfg
 
 
+def unused_later_keys(cfg: CfgNode) -> tuple[str, ...]:
+    """The `LATER_KEYS` at the value that changes nothing."""
+    given = flatten(to_dict(cfg))
+    return tuple(key for key, value in LATER_KEYS.items() if given[key] == value)
+
+
 def _check_pixels(where: str, cfg: CfgNode) -> None:
     data = cfg.DATA
     _require(where, "DATA.MEAN", data.MEAN, len(data.MEAN) == 3, "three numbers")
@@ -203,6 +216,11 @@ def _check_pixels(where: str, cfg: CfgNode) -> None:
     _require(where, "DATA.STD", data.STD, ok, "three numbers above 0")
     ok = len(data.CROP_SCALE) == 2 and 0 < data.CROP_SCALE[0] <= data.CROP_SCALE[-1] <= 1
     _require(where, "DATA.CROP_SCALE", data.CROP_SCALE, ok, "two shares of the area, ascending")
+    ends = data.SIXTEEN_BIT_RANGE
+    ok = len(ends) == 2 and all(type(end) is int for end in ends)
+    ok = ok and 0 <= ends[0] < ends[1] <= 65535
+    allowed = "two whole numbers, 0 <= black < white <= 65535"
+    _require(where, "DATA.SIXTEEN_BIT_RANGE", ends, ok, allowed)
     blur = data.BLUR_PROBABILITY
     _require(where, "DATA.BLUR_PROBABILITY", blur, blur == OWN_VALUE or 0 <= blur <= 1,
              f"0 to 1, or {OWN_VALUE:g}: the recipe's own")  # fmt: skip

@@ -39,6 +39,8 @@ OF_MOCO_IN_DETECTION = {
     "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
     "moco.benchmarks", "moco.benchmarks.record",
     "moco.reporting", "moco.reporting.page",
+    # One decoder: fine-tuning must see the pixels that pretraining saw.
+    "moco.data.rgb", "moco.data.sixteen_bit",
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moco.data.images import find_images, split_folders  # noqa: E402
+from moco.data.images import find_images, left_out_in_words, split_folders  # noqa: E402
+from moco.data.rgb import FULL_RANGE, PILLOWS_LIMIT, Decoding  # noqa: E402
 from moco.data.shard_index import is_pack  # noqa: E402
 from moco.data.shard_scan import index_shards, list_shards  # noqa: E402
 from moco.data.shard_writer import (  # noqa: E402
@@ -71,6 +72,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"leave unreadable images out and list them in {SKIPPED_FILE}; otherwise they end it",
     )
     parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=PILLOWS_LIMIT,
+        metavar="N",
+        help="larger images are refused (default: Pillow's own limit); training needs "
+        "DATA.MAX_IMAGE_PIXELS too",
+    )
+    parser.add_argument(
+        "--sixteen-bit-range",
+        type=int,
+        nargs=2,
+        default=FULL_RANGE,
+        metavar=("BLACK", "WHITE"),
+        help="with --resize: the values of 16-bit grey that become black and white; without it "
+        "files keep their 16 bits, and DATA.SIXTEEN_BIT_RANGE scales them in training",
+    )
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="0: none"
     )
     args = parser.parse_args(argv)
@@ -114,10 +132,21 @@ def _check(args: argparse.Namespace) -> None:
         ("--resize", args.resize, 1, 1 << 16),
         ("--quality", args.quality, 1, 100),
         ("--workers", args.workers, 0, 1024),
+        ("--max-image-pixels", args.max_image_pixels, 1, 1 << 40),
         ("--shard-size-mb", args.shard_size_mb, 0.001, 1 << 20),
     ):
         if value is not None and not least <= value <= most:
             raise ConfigError(f"{name} {value}: allowed is {least} to {most}")
+    black, white = args.sixteen_bit_range
+    if not 0 <= black < white <= FULL_RANGE[1]:
+        raise ConfigError(
+            f"--sixteen-bit-range {black} {white}: allowed is 0 <= BLACK < WHITE <= {FULL_RANGE[1]}"
+        )
+    if (black, white) != FULL_RANGE and args.resize is None:
+        raise ConfigError(
+            "--sixteen-bit-range: without --resize files keep their 16 bits; leave it out, and set "
+            "DATA.SIXTEEN_BIT_RANGE in training"
+        )
 
 
 def _make_folder(partial: Path) -> None:
@@ -134,7 +163,7 @@ def _make_folder(partial: Path) -> None:
 def _pack_split(root: Path, folder: Path, final: Path, args: argparse.Namespace) -> str:
     from moco.seeding import torch_generator  # loads torch, which no worker process needs
 
-    source = find_images(root)
+    source = find_images(root, _decoding(args))
     if is_pack(root):
         raise ConfigError(f"{root}: is packed already")
     order = list(range(len(source)))
@@ -158,7 +187,11 @@ def _pack_split(root: Path, folder: Path, final: Path, args: argparse.Namespace)
     if len(pack) + len(packed.skipped) != len(source):
         raise DataError(f"{folder}: has {len(pack)} images instead of {len(source)}")
     _flush_folder(folder)
-    return _summary(final, replace(packed, num_images=len(pack)))
+    return _summary(final, replace(packed, num_images=len(pack)), left_out_in_words(source))
+
+
+def _decoding(args: argparse.Namespace) -> Decoding:
+    return Decoding(tuple(args.sixteen_bit_range), args.max_image_pixels, "--max-image-pixels")
 
 
 def _index_only(args: argparse.Namespace) -> int:
@@ -166,7 +199,9 @@ def _index_only(args: argparse.Namespace) -> int:
     if is_pack(folder):
         raise ConfigError(f"{folder}: has an index; remove its pack.json to make another")
     with _Progress(f"indexing {folder}", len(list_shards(folder)), "shard") as progress:
-        packed = index_shards(folder, args.workers, args.skip_unreadable, progress.tick)
+        packed = index_shards(
+            folder, args.workers, args.skip_unreadable, progress.tick, _decoding(args)
+        )
     open_pack(folder)
     print(_summary(folder, packed))
     return 0
@@ -184,10 +219,10 @@ def _verify(root: Path) -> int:
     return 0
 
 
-def _summary(folder: Path, packed: Packed) -> str:
+def _summary(folder: Path, packed: Packed, left_out: str = "") -> str:
     lines = [
         f"{folder}: {packed.num_images} images in {packed.num_shards} shards, "
-        f"{packed.num_bytes / 2**20:.1f} MiB; the SHA-256 of each is in the index"
+        f"{packed.num_bytes / 2**20:.1f} MiB; the SHA-256 of each is in the index{left_out}"
     ]
     if packed.skipped:
         listed = folder / SKIPPED_FILE

@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         if "error" in outcome:
             failed.append(outcome["error"])
             progress.interrupt(f"not read: {outcome['error']}")
+        if "warning" in outcome:
+            progress.interrupt(f"warning: {outcome['file']}: {outcome['warning']}")
         progress.step()
     print(
         f"{num_objects} objects with score >= {args.threshold:g} on {len(images) - len(failed)} "

@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moco import distributed  # noqa: E402
 from moco.cfgnode import dump_yaml  # noqa: E402
 from moco.config import load_pretrain_config  # noqa: E402
-from moco.data.images import find_images  # noqa: E402
+from moco.data.images import find_images, left_out_in_words  # noqa: E402
+from moco.data.rgb import Decoding  # noqa: E402
+from moco.data.sixteen_bit import look_at_sixteen_bits  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
 from moco.lost_rank import lost_rank_as_error  # noqa: E402
@@ -81,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     cfg = load_pretrain_config(args.config_file, args.opts)
-    source = find_images(args.data)
+    source = find_images(args.data, Decoding.of(cfg.DATA))
     process = distributed.setup_process(args.device, args.collective_timeout)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     lock = RunLock(args.output_dir, say)
@@ -110,13 +112,15 @@ def main(argv: list[str] | None = None) -> int:
                 say=say,
             )
         say(
-            f"{len(source)} images of {source.root}; {process.world_size} process(es) on "
-            f"{process.device.type}"
+            f"{len(source)} images of {source.root}{left_out_in_words(source)}; "
+            f"{process.world_size} process(es) on {process.device.type}"
         )
         with lost_rank_as_error(lambda: "before training"):
             evaluate = build_knn_monitor(cfg, args.data, source, process, say)
         observers = []
         if process.is_main:
+            for line in look_at_sixteen_bits(source):
+                say(line)
             output_dir.mkdir(parents=True, exist_ok=True)
             write_text_atomic(output_dir / "config.yaml", dump_yaml(cfg))
             observers = [

@@ -8,14 +8,31 @@ whole-number coordinates are floats (Detectron2 cuts them to whole numbers after
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from detection.data.coco_check import AnnotationReader, load_json, read_categories, read_images
-from detection.data.data_check import CheckReport, image_size
+from detection.data.coco_check import (
+    ROOT_CATEGORY,
+    AnnotationReader,
+    read_categories,
+    read_images,
+)
+from detection.data.coco_json import load_json, make_whole, root_categories
+from detection.data.data_check import (
+    EXIF_TURNED,
+    OTHER_UNICODE_FORM,
+    CheckReport,
+    ImageHeader,
+    image_header,
+    not_opened,
+    other_size,
+)
 from moco.cfgnode import CfgNode
+from moco.data.rgb import DEFAULT_DECODING, Decoding
 from moco.errors import ConfigError, DataError
 
 # name -> (image folder, annotation file), both under $DETECTRON2_DATASETS.
@@ -76,16 +93,29 @@ def known_specs(cfg: CfgNode) -> dict[str, CocoSpec]:
     return specs
 
 
-def load_records(spec: CocoSpec, *, for_scoring: bool, with_masks: bool) -> CocoSet:
-    """Read and check one annotation file and the headers of its images.
+@dataclass
+class CocoFile:
+    """An annotation file that was read, and whose categories were checked.
 
-    A record is {"file_name", "image_id" (int), "height", "width", "annotations"}; for its
-    annotations see `coco_check.AnnotationReader`. Crowds are among them, as Detectron2 has them.
+    Attributes:
+        content: the JSON.
+        categories: id -> name, ascending by id; without `roots`.
+        roots: id -> name of those that `root_categories` finds; see `settle_roots`.
+        report: what was found so far.
+    """
+
+    spec: CocoSpec
+    content: dict
+    categories: dict[int, str]
+    roots: dict[int, str]
+    report: CheckReport
+
+
+def open_file(spec: CocoSpec, *, for_scoring: bool) -> CocoFile:
+    """Read an annotation file and its categories.
 
     Args:
         for_scoring: it is the test set, which must have what COCO's metric needs.
-        with_masks: with the test set's masks too (MODEL.MASK_ON).
-    Returns: the records by ascending image id.
     Raises: nothing for bad data; see `CheckReport.problems`.
     """
     report, path = CheckReport(), spec.json_file
@@ -93,19 +123,73 @@ def load_records(spec: CocoSpec, *, for_scoring: bool, with_masks: bool) -> Coco
         content = load_json(path)
     except DataError as error:
         report.problems.append(f"data set {spec.name}: {error}{_where_to_look(spec)}")
-        return CocoSet([], (), (), report)
+        return CocoFile(spec, {}, {}, {}, report)
     if for_scoring and not content.get("annotations"):
         allowed = "allowed in DATASETS.TEST: a file with annotations, by which AP is computed"
         report.problem(path, "annotations", "none", allowed)
+        return CocoFile(spec, content, {}, {}, report)
+    make_whole(path, content, report)
+    roots = root_categories(content)
+    categories = read_categories(path, content, report, left_out=roots)
+    return CocoFile(spec, content, categories, roots, report)
+
+
+def settle_roots(files: Sequence[CocoFile]) -> None:
+    """Leave out the root categories, but one that another file uses as a class."""
+    for file in files:
+        others = [o for o in files if o is not file]
+        for number, name in file.roots.items():
+            if any(name in o.categories.values() and name not in o.roots.values() for o in others):
+                file.categories[number] = name
+            else:
+                where = f"{file.spec.json_file}: categories: {name!r} (id {number})"
+                file.report.repaired(ROOT_CATEGORY, where)
+        file.roots = {n: name for n, name in file.roots.items() if n not in file.categories}
+        file.categories = dict(sorted(file.categories.items()))
+
+
+def load_records(spec: CocoSpec, *, for_scoring: bool, with_masks: bool) -> CocoSet:
+    """`read_records` of one file by itself."""
+    file = open_file(spec, for_scoring=for_scoring)
+    settle_roots([file])
+    return read_records(file, for_scoring=for_scoring, with_masks=with_masks)
+
+
+def read_records(
+    file: CocoFile,
+    class_names: Sequence[str] | None = None,
+    *,
+    for_scoring: bool,
+    with_masks: bool,
+    decoding: Decoding = DEFAULT_DECODING,
+) -> CocoSet:
+    """Read and check the annotations of a file and the headers of its images.
+
+    A record is {"file_name", "image_id" (int), "height", "width", "annotations"}; for its
+    annotations see `coco_check.AnnotationReader`. Crowds are among them, as Detectron2 has them.
+
+    Args:
+        class_names: by class id, the names of the file's categories; None orders them by
+            ascending category id.
+        for_scoring: see `open_file`.
+        with_masks: with the test set's masks too (MODEL.MASK_ON).
+        decoding: how the images will be read.
+    Returns: the records by ascending image id.
+    Raises: nothing for bad data; see `CheckReport.problems`.
+    """
+    report, spec, content = file.report, file.spec, file.content
+    path = spec.json_file
+    if report.problems and not file.categories:
         return CocoSet([], (), (), report)
-    categories = read_categories(path, content, report)
     images = read_images(path, content, report)
-    for section, found in (("images", images), ("categories", categories)):
+    for section, found in (("images", images), ("categories", file.categories)):
         if not found and not report.problems:
             report.problem(path, section, "none", "allowed: at least one")
     if report.problems:  # the annotations' own would only follow from these
         return CocoSet([], (), (), report)
-    category_ids, class_names = tuple(categories), tuple(categories.values())
+    names = tuple(class_names or file.categories.values())
+    ids_by_name = {name: number for number, name in file.categories.items()}
+    category_ids = tuple(ids_by_name[name] for name in names)
     class_index = {number: index for index, number in enumerate(category_ids)}
     reader = AnnotationReader(
         path, images, class_index, report, for_scoring=for_scoring, with_masks=with_masks
@@ -121,10 +205,13 @@ def load_records(spec: CocoSpec, *, for_scoring: bool, with_masks: bool) -> Coco
         }
         for number, image in images.items()
     ]
-    _check_image_files(spec, records, report)
+    _check_image_files(spec, records, report, decoding)
     report.num_images = len(records)
     report.num_boxes = sum(len(record["annotations"]) for record in records)
-    return CocoSet(records, category_ids, class_names, report)
+    if for_scoring and not report.num_boxes and not report.problems:
+        given = f"none of {len(content['annotations'])} is of an image that the file lists"
+        report.problem(path, "annotations", given, "allowed: a file by which AP can be computed")
+    return CocoSet(records, category_ids, names, report)
 
 
 def _where_to_look(spec: CocoSpec) -> str:
@@ -136,27 +223,51 @@ def _where_to_look(spec: CocoSpec) -> str:
     )
 
 
-def _check_image_files(spec: CocoSpec, records: Sequence[dict], report: CheckReport) -> None:
+def _check_image_files(
+    spec: CocoSpec, records: Sequence[dict], report: CheckReport, decoding: Decoding
+) -> None:
     if not spec.image_folder.is_dir():
         report.problem(spec.image_folder, f"images of {spec.name}", "the folder is missing", "")
         return
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        sizes = pool.map(_size_or_problem, (record["file_name"] for record in records))
-        for record, size in zip(records, sizes, strict=True):
-            height, width = record["height"], record["width"]
-            if isinstance(size, str):
-                report.problem(record["file_name"], "image", size, "allowed: a JPEG or PNG image")
-            elif size != (height, width):
-                # Detectron2 refuses such an image too, but only when it first loads it.
-                given = f"{width} x {height} in {spec.json_file.name}"
-                found = f"the image is {size[1]} x {size[0]}"
-                report.problem(record["file_name"], "size", given, found)
+        read = partial(_header_or_problem, decoding=decoding)
+        headers = pool.map(read, (record["file_name"] for record in records))
+        for record, (path, header) in zip(records, headers, strict=True):
+            if path != record["file_name"]:
+                report.repaired(OTHER_UNICODE_FORM, path)
+                record["file_name"] = path
+            if isinstance(header, str):
+                report.problem(path, "image", header, "allowed: a JPEG or PNG image")
+            else:
+                _check_header(spec, record, header, report)
 
 
-def _size_or_problem(file_name: str) -> tuple[int, int] | str:
+def _check_header(
+    spec: CocoSpec, record: dict, header: ImageHeader, report: CheckReport
+) -> None:
+    path, size = record["file_name"], (record["height"], record["width"])
+    if header.orientation != 1:
+        report.repaired(EXIF_TURNED, path)
+    if header.is_sixteen_bit:
+        report.sixteen_bit.append(path)
+    if size != (header.height, header.width):
+        # Detectron2 refuses such an image too, but only when it first loads it.
+        given = f"{size[1]} x {size[0]} in {spec.json_file.name}"
+        corners = [annotation["bbox"][2:] for annotation in record["annotations"]]
+        found = other_size(size, header, corners, spec.json_file.name)
+        report.problem(path, "size", given, found)
+
+
+def _header_or_problem(file_name: str, decoding: Decoding) -> tuple[str, ImageHeader | str]:
+    """(the file, what its header says or what is wrong with it).
+
+    A name that a disk has in another Unicode form (decomposed, as Apple's once did) is found.
+    """
+    forms = [file_name, *(unicodedata.normalize(form, file_name) for form in ("NFC", "NFD"))]
+    path = next((form for form in forms if "\0" in form or os.path.lexists(form)), file_name)
     try:
-        return image_size(Path(file_name))
+        return path, image_header(Path(path), decoding)
     except FileNotFoundError:
-        return "missing"
-    except (OSError, ValueError):
-        return "does not open"
+        return path, "missing"
+    except (OSError, ValueError) as error:
+        return path, not_opened(error)

@@ -6,16 +6,15 @@ with a defect, the defect is listed in `CheckReport.problems` and stops the run 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from detection.data.coco_json import LARGEST_ID, is_id
 from detection.data.data_check import CheckReport
-from moco.errors import DataError
 
 CLIPPED_BOX = "box reaching out of its image: clipped in training"
 EMPTY_BOX = "box without an area inside its image: not trained on"
@@ -23,40 +22,26 @@ NO_POLYGON = "object whose polygons all have under 3 corners: left out, as Detec
 DUPLICATE_ID = "annotation id repeated in a minival file, as it is known to be: both kept"
 NO_CROWD_FLAG = "iscrowd missing: read as 0"
 NO_AREA = "area missing in the test data: the box's is used for small, medium and large"
+ROOT_CATEGORY = "category that no annotation uses and that is another's supercategory: left out"
+NO_IMAGE = "annotation of an image that the file does not list: left out"
+NO_IMAGE_BOX = "of images that the file does not list"
+NO_POLYGON_BOX = "whose polygons all have under 3 corners"
 ZERO_ID = "annotation id 0 in the test data, 'not found' to pycocotools: numbered anew for scoring"
 
 # Corners so far out come from a defect, and drawing them would take all memory.
 _FARTHEST_CORNER = 1e6
-_LARGEST_ID = 2**63 - 1
 
 
-def load_json(path: Path) -> dict:
-    """The content of a COCO JSON file. Raises: DataError, in one line."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: file: {error.strerror}; allowed: a COCO JSON file") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        reason = {RecursionError: "nested too deep", MemoryError: "larger than the memory"}.get(
-            type(error), " ".join(str(error).split())
-        )
-        raise DataError(
-            f"{path}: file: not readable as JSON ({reason}); allowed: a COCO JSON file"
-        ) from error
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: file: holds a {type(content).__name__}; allowed: an object with images, "
-            "annotations and categories"
-        )
-    return content
-
-
-def read_categories(path: Path, content: dict, report: CheckReport) -> dict[int, str]:
+def read_categories(
+    path: Path, content: dict, report: CheckReport, left_out: Collection[int] = ()
+) -> dict[int, str]:
     """Category id -> name, ascending by id, which is the order of the class ids."""
     categories: dict[int, str] = {}
     for where, entry in _entries(path, content, "categories", report):
         number, name = entry.get("id"), entry.get("name")
-        if not _is_id(number):
+        if is_id(number) and number in left_out:
+            continue
+        if not is_id(number):
             report.problem(where, "id", repr(number), "allowed: a whole number")
         elif number in categories:
             report.problem(where, "id", number, "allowed: one category an id")
@@ -75,13 +60,13 @@ def read_images(path: Path, content: dict, report: CheckReport) -> dict[int, dic
     for where, entry in _entries(path, content, "images", report):
         number, name = entry.get("id"), entry.get("file_name")
         size = entry.get("height"), entry.get("width")
-        if not _is_id(number):
+        if not is_id(number):
             report.problem(where, "id", repr(number), "allowed: a whole number")
         elif number in images:
             report.problem(where, "id", number, "allowed: one image an id")
         elif not _is_line(name):
             report.problem(where, "file_name", repr(name), "allowed: a path in the image folder")
-        elif not all(_is_id(side) and side > 0 for side in size):
+        elif not all(is_id(side) and side > 0 for side in size):
             report.problem(where, "height, width", size, "allowed: whole numbers above 0")
         else:
             images[number] = {"file_name": name, "height": size[0], "width": size[1]}
@@ -160,19 +145,25 @@ class AnnotationReader:
                 report.problem(where, "segmentation", "no polygon with 3 corners", allowed)
             else:
                 report.repaired(NO_POLYGON, where)
+                report.unread_boxes[NO_POLYGON_BOX] += 1
             return None
         return {**annotation, "segmentation": segmentation}
 
     def _read_ids(self, where: str, entry: dict) -> bool:
         report, number = self._report, entry.get("id")
+        image_id = entry.get("image_id")
+        if is_id(image_id) and image_id not in self._images:
+            report.repaired(NO_IMAGE, where)
+            report.unread_boxes[NO_IMAGE_BOX] += 1
+            return False
         for field, known in (("image_id", self._images), ("category_id", self._class_index)):
             value = entry.get(field)
-            if not _is_id(value) or value not in known:
+            if not is_id(value) or value not in known:
                 given = repr(value) if field in entry else "missing"
                 kind = "images" if field == "image_id" else "categories"
                 report.problem(where, field, given, f"allowed: the id of one of its {kind}")
                 return False
-        if not _is_id(number):
+        if not is_id(number):
             report.problem(where, "id", repr(number), "allowed: a whole number")
             return False
         if number in self._ids:
@@ -278,12 +269,13 @@ def _read_rle(given: dict, height: int, width: int) -> dict | str:
         runs = runs_of_compressed(counts)
         if runs is None:
             return "an RLE whose counts are no compressed runs"
-    elif isinstance(counts, list) and all(map(_is_id, counts)):
+    elif isinstance(counts, list) and all(map(is_id, counts)):
         runs = np.array(counts, dtype=np.int64)
     else:
         return "an RLE whose counts are neither text nor a list of whole numbers"
     if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         return f"an RLE whose runs are not {height} x {width} pixels in total"
+    given = {"size": [height, width], "counts": counts}
     return given if isinstance(counts, str) else coco_mask.frPyObjects(given, height, width)
 
 
@@ -311,10 +303,6 @@ def runs_of_compressed(counts: str) -> np.ndarray | None:
     return values
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and abs(value) <= _LARGEST_ID
-
-
 def _is_line(value: object) -> bool:
     """Text that can be printed: one line, and no half of a surrogate pair, which JSON allows."""
     if not isinstance(value, str) or not value.strip() or len(value.splitlines()) > 1:
@@ -324,5 +312,5 @@ def _is_line(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     if type(value) is int:
-        return abs(value) <= _LARGEST_ID
+        return abs(value) <= LARGEST_ID
     return type(value) is float and math.isfinite(value)

@@ -19,9 +19,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from detection.data.account import trained_objects, training_account
 from detection.data.masks import nonempty_masks, select_masks, transform_masks
 from detection.data.sample_loader import Loader, start_loader
 from detection.data.transforms import (
+    decoding_of,
     flip_image,
     nonempty_boxes,
     read_image,
@@ -30,6 +32,7 @@ from detection.data.transforms import (
     transform_boxes,
 )
 from moco.cfgnode import CfgNode
+from moco.data.rgb import DEFAULT_DECODING, Decoding
 from moco.errors import ConfigError, DataError
 from moco.seeding import python_random, torch_generator
 
@@ -51,7 +54,8 @@ class SampleDraw(NamedTuple):
 class Augmentation:
     """How a training image is drawn: INPUT.MIN_SIZE_TRAIN and its kin, in pixels.
 
-    `mask_format` is INPUT.MASK_FORMAT, or None without MODEL.MASK_ON.
+    `mask_format` is INPUT.MASK_FORMAT, or None without MODEL.MASK_ON. `decoding` says how files
+    become pixels.
     """
 
     short_edges: tuple[int, ...]
@@ -60,6 +64,7 @@ class Augmentation:
     flip: str
     channel_format: str
     mask_format: str | None = None
+    decoding: Decoding = DEFAULT_DECODING
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Augmentation:
@@ -84,6 +89,7 @@ class Augmentation:
             cfg.INPUT.RANDOM_FLIP,
             cfg.INPUT.FORMAT,
             cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+            decoding_of(cfg),
         )
 
     def draw(self, seed: int, position: int) -> tuple[int, bool]:
@@ -99,11 +105,6 @@ class Augmentation:
 def filter_empty(records: Sequence[dict]) -> list[dict]:
     """The records with something to train on (DATALOADER.FILTER_EMPTY_ANNOTATIONS)."""
     return [record for record in records if trained_objects(record)]
-
-
-def trained_objects(record: dict) -> list[dict]:
-    """The annotations that are trained on: all but COCO's crowds, as in Detectron2's mapper."""
-    return [a for a in record["annotations"] if not a.get("iscrowd", 0)]
 
 
 def image_order(num_images: int, seed: int) -> Iterator[Draw]:
@@ -139,7 +140,7 @@ def load_train_sample(record: dict, augmentation: Augmentation, seed: int, posit
 
 
 def _load_drawn(record: dict, augmentation: Augmentation, short_edge: int, flip: bool) -> dict:
-    image = _read_checked(record, augmentation.channel_format)
+    image = _read_checked(record, augmentation.channel_format, augmentation.decoding)
     old_shape = image.shape[:2]
     new_shape = shortest_edge_shape(*old_shape, short_edge, augmentation.max_size)
     image = resize_image(image, *new_shape)
@@ -173,7 +174,7 @@ def load_test_sample(record: dict, cfg: CfgNode) -> dict:
     Returns: a dict as `train_loader`'s, without gt_boxes and gt_classes.
     Raises: DataError for an image that cannot be read.
     """
-    image = _read_checked(record, cfg.INPUT.FORMAT)
+    image = _read_checked(record, cfg.INPUT.FORMAT, decoding_of(cfg))
     shape = shortest_edge_shape(*image.shape[:2], cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     return _sample(record, resize_image(image, *shape))
 
@@ -244,10 +245,8 @@ def usable_records(records: Sequence[dict], cfg: CfgNode) -> list[dict]:
     """The records that are trained with. Raises: DataError if there are none."""
     kept = filter_empty(records) if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else list(records)
     if not kept:
-        raise DataError(
-            f"training data: none of its {len(records)} images has a box; "
-            "images with annotated objects are needed"
-        )
+        account = training_account(records, cfg)
+        raise DataError(f"{account.line()}; images with annotated objects are needed")
     return kept
 
 
@@ -282,8 +281,8 @@ def _load_test(records: Sequence[dict], index: int, *, cfg: CfgNode) -> dict:
     return load_test_sample(records[index], cfg)
 
 
-def _read_checked(record: dict, channel_format: str) -> np.ndarray:
-    image = read_image(record["file_name"], channel_format)
+def _read_checked(record: dict, channel_format: str, decoding: Decoding) -> np.ndarray:
+    image = read_image(record["file_name"], channel_format, decoding)
     height, width = image.shape[:2]
     if (height, width) != (record["height"], record["width"]):
         raise DataError(

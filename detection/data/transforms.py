@@ -1,5 +1,8 @@
 """Images and boxes as Detectron2 prepares them: pure functions, equal to the last bit.
 
+Pixels are decoded as in pretraining (`moco.data.rgb`), so that a backbone sees in fine-tuning what
+it saw before: 16-bit grey, which Detectron2 clips at 255, is scaled (`decoding_of`).
+
 Source of the rules: Detectron2 data/detection_utils.py, data/dataset_mapper.py and
 data/transforms (ResizeShortestEdge, RandomFlip). Boxes are [x0, y0, x1, y1] in pixels from 0.
 """
@@ -11,12 +14,12 @@ import os
 import numpy as np
 from PIL import Image
 
+from moco.cfgnode import CfgNode
+from moco.data.rgb import DEFAULT_DECODING, Decoding, opened, to_rgb
 from moco.errors import ConfigError, DataError
 
 _MIN_BOX_SIDE = 1e-5
 _FORMATS = ("BGR", "RGB")
-# PIL opens far more by their content, PostScript among them, which it has another program run.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _EXIF_ORIENTATION = 274
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,6 +32,18 @@ _EXIF_TURNS = {
 }
 
 
+def reads_as_detectron2(cfg: CfgNode, engine: str) -> bool:
+    """Whether a run has Detectron2's reading of images: its own engine, or the replay of its
+    stream."""
+    return "detectron2" in (engine, cfg.DATALOADER.STREAM)
+
+
+def decoding_of(cfg: CfgNode, engine: str = "embedded") -> Decoding:
+    """How a run of an engine decodes images: INPUT.SIXTEEN_BIT_RANGE and MAX_IMAGE_PIXELS."""
+    ends = None if reads_as_detectron2(cfg, engine) else tuple(cfg.INPUT.SIXTEEN_BIT_RANGE)
+    return Decoding(ends, cfg.INPUT.MAX_IMAGE_PIXELS, "INPUT.MAX_IMAGE_PIXELS")
+
+
 def exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where it is absent or the EXIF is damaged."""
     try:
@@ -38,7 +53,9 @@ def exif_orientation(image: Image.Image) -> int:
     return value if value in _EXIF_TURNS else 1
 
 
-def read_image(path: str | os.PathLike, channel_format: str) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike, channel_format: str, decoding: Decoding = DEFAULT_DECODING
+) -> np.ndarray:
     """Decode an image with its EXIF orientation applied; grey and palette images become colour.
 
     Args:
@@ -49,12 +66,16 @@ def read_image(path: str | os.PathLike, channel_format: str) -> np.ndarray:
     if channel_format not in _FORMATS:
         raise ConfigError(f"INPUT.FORMAT: {channel_format!r} is given; allowed: BGR, RGB")
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with opened(path, decoding) as image:
             orientation = exif_orientation(image)
-            upright = image if orientation == 1 else image.transpose(_EXIF_TURNS[orientation])
-            rgb = np.asarray(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            upright = to_rgb(image, decoding)
+            if orientation != 1:
+                upright = upright.transpose(_EXIF_TURNS[orientation])
+            rgb = np.asarray(upright)
+    except Exception as error:  # damaged files make decoders raise almost anything
         reason = " ".join(str(error).split())
+        if not isinstance(error, OSError | ValueError | SyntaxError | Image.DecompressionBombError):
+            reason = f"{type(error).__name__}: {reason}"
         raise DataError(
             f"{path}: this image cannot be read ({reason}); a whole JPEG or PNG file is needed, "
             "replace it, or leave it out"

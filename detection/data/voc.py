@@ -7,13 +7,24 @@ harmless defects (`voc_check`) are repaired and counted where Detectron2 would s
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detection.data.data_check import CheckReport
-from detection.data.voc_check import index_images, read_annotation, read_split
+from detection.data.voc_check import (
+    IMAGE_SUFFIXES,
+    VocFiles,
+    index_annotations,
+    index_images,
+    read_annotation,
+    read_split,
+)
 from moco.cfgnode import CfgNode
+from moco.data.rgb import DEFAULT_DECODING, Decoding
 from moco.errors import ConfigError
 
 # In Detectron2's order, which is the order of its weights.
@@ -88,9 +99,13 @@ def _own_datasets(cfg: CfgNode, splits: tuple[str, ...]) -> list[DatasetSpec]:
     return [DatasetSpec(f"{folder}_{split}", root, split, classes, year) for split in splits]
 
 
-def load_records(spec: DatasetSpec) -> tuple[list[dict], CheckReport]:
+def load_records(
+    spec: DatasetSpec, decoding: Decoding = DEFAULT_DECODING
+) -> tuple[list[dict], CheckReport]:
     """Read and check one split.
 
+    Args:
+        decoding: how its images will be read.
     Returns: (records in split order, without those that have a problem; the report). A record is
         {"file_name", "image_id", "height", "width", "annotations"}; an annotation has
         "category_id" (from 0), "bbox" [x0, y0, x1, y1] in pixels from 0, "bbox_mode" 0 and
@@ -108,13 +123,53 @@ def load_records(spec: DatasetSpec) -> tuple[list[dict], CheckReport]:
             "and VOC2012, or DATASETS.VOC_ROOT to a VOC-format folder",
         )
         return [], report
-    ids = read_split(root / "ImageSets" / "Main" / f"{spec.split}.txt", report)
-    images = index_images(root / "JPEGImages")
+    splits, annotations = root / "ImageSets" / "Main", root / "Annotations"
+    if next(splits.glob("*.txt"), None) is None:
+        _list_missing_splits(root, report)
+        return [], report
+    files = VocFiles(index_images(root / "JPEGImages"), index_annotations(annotations))
+    ids = read_split(splits / f"{spec.split}.txt", report, files)
     class_index = {name: index for index, name in enumerate(spec.class_names)}
     records = []
     for image_id in ids:
-        xml_path = root / "Annotations" / f"{image_id}.xml"
-        record = read_annotation(image_id, xml_path, images.get(image_id), class_index, report)
+        xml_path = files.annotation(image_id, annotations)
+        image_path = files.image(image_id)
+        record = read_annotation(image_id, xml_path, image_path, class_index, report, decoding)
         if record is not None:
             records.append(record)
     return records, report
+
+
+@contextlib.contextmanager
+def scored_folder(spec: DatasetSpec, records: Sequence[dict]) -> Iterator[str]:
+    """A folder whose split Detectron2's evaluator can read by itself: the ids of the records.
+
+    It is the data set's own, but where the split has other lines (file names, a byte order mark).
+    """
+    ids = [record["image_id"] for record in records]
+    main = Path("ImageSets") / "Main"
+    lines = (Path(spec.root) / main / f"{spec.split}.txt").read_bytes().splitlines()
+    if [line.strip() for line in lines] == [image_id.encode() for image_id in ids]:
+        yield spec.root
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / main).mkdir(parents=True)
+        (Path(folder) / "Annotations").symlink_to(Path(spec.root).resolve() / "Annotations")
+        text = "".join(f"{image_id}\n" for image_id in ids)
+        (Path(folder) / main / f"{spec.split}.txt").write_text(text, encoding="utf-8")
+        yield folder
+
+
+def _list_missing_splits(root: Path, report: CheckReport) -> None:
+    """Say which layout a folder without splits has, and what makes them."""
+    names = [path.name for path in root.iterdir()]
+    num_images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    num_annotations = sum(name.endswith(".xml") for name in names)
+    given, command = "missing", f"tools/prepare_voc.py {root}"
+    if num_images and num_annotations:
+        given = f"missing: it is a flat folder of {num_images} images and {num_annotations} .xml"
+        command += " --output-dir NEW"
+    elif {"Annotations", "JPEGImages"} <= {*names}:
+        given = "missing, beside Annotations and JPEGImages"
+    allowed = f"allowed: lists <split>.txt of image ids; to make a random split: python {command}"
+    report.problem(root / "ImageSets" / "Main", "splits", given, allowed)

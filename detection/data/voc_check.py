@@ -8,11 +8,23 @@ Coordinates in the files are 1-based and inclusive, so xmin = xmax is a box one 
 from __future__ import annotations
 
 import math
+import os
+import unicodedata
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from pathlib import Path
 
-from detection.data.data_check import CheckReport, image_size, read_small_file
+from detection.data.data_check import (
+    EXIF_TURNED,
+    OTHER_UNICODE_FORM,
+    CheckReport,
+    ImageHeader,
+    image_header,
+    not_opened,
+    other_size,
+    read_small_file,
+)
+from moco.data.rgb import DEFAULT_DECODING, Decoding
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -21,6 +33,7 @@ CLIPPED_BOX = "box reaching out of its image: clipped"
 ONE_PIXEL_BOX = "box one pixel wide or high: kept"
 SIZE_FROM_IMAGE = "<size> missing or zero: read from the image"
 DUPLICATE_ID = "image id repeated in its split: kept once"
+ID_WITH_SUFFIX = "image id with its file's suffix in a split: read without it"
 
 
 def missing_tag(name: str) -> str:
@@ -35,10 +48,44 @@ class _NoDoctypeBuilder(ET.TreeBuilder):
         raise ET.ParseError("it has a DOCTYPE")
 
 
-def read_split(path: Path, report: CheckReport) -> list[str]:
-    """The image ids of an ImageSets/Main/<split>.txt file, in order, each once."""
+class VocFiles:
+    """The images and annotations of a VOC-format folder, found by the ids of its splits.
+
+    An id is the name of an annotation without its suffix. Names are compared as they are, then in
+    Unicode's composed form (NFC): a disk may have decomposed ones (NFD) where a list has the
+    other.
+    """
+
+    def __init__(self, images: Mapping[str, Path], annotations: Mapping[str, Path]):
+        self._images, self._annotations = images, annotations
+        self._images_by_form = {composed(stem): path for stem, path in images.items()}
+        self._ids_by_form = {composed(stem): stem for stem in (*images, *annotations)}
+
+    def find_id(self, text: str) -> str | None:
+        """The id that a line means, None where no file has its name."""
+        if text in self._annotations:
+            return text
+        return self._ids_by_form.get(composed(text))
+
+    def image(self, image_id: str) -> Path | None:
+        return self._images.get(image_id) or self._images_by_form.get(composed(image_id))
+
+    def annotation(self, image_id: str, folder: Path) -> Path:
+        """The annotation's file, perhaps one that is missing."""
+        return self._annotations.get(image_id) or folder / f"{image_id}.xml"
+
+
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def read_split(path: Path, report: CheckReport, files: VocFiles) -> list[str]:
+    """The image ids of an ImageSets/Main/<split>.txt file, in order, each once.
+
+    A line is an id, which may have spaces where a file has that name, or an image's file name.
+    """
     try:
-        lines = read_small_file(path).decode("utf-8").splitlines()
+        lines = read_small_file(path).decode("utf-8-sig").splitlines()
     except OSError:
         others = sorted(p.stem for p in path.parent.glob("*.txt"))
         found = f"splits there: {', '.join(others[:12])}" if others else "no split is there"
@@ -49,17 +96,13 @@ def read_split(path: Path, report: CheckReport) -> list[str]:
         return []
     ids: dict[str, None] = {}
     for number, line in enumerate(lines, start=1):
-        image_id = line.strip()
-        if not image_id:
+        if not line.strip():
             continue
-        where = f"{path}: line {number}"
-        if len(image_id.split()) > 1:
-            report.problem(path, f"line {number}", repr(image_id), "allowed: one image id a line")
-        elif image_id in (".", "..") or any(c in image_id for c in "/\\\0"):
-            allowed = "allowed: a file name without its suffix, without / or \\"
-            report.problem(path, f"line {number}", repr(image_id), allowed)
-        elif image_id in ids:
-            report.repaired(DUPLICATE_ID, where)
+        image_id = _read_line(line.strip(), f"line {number}", path, report, files)
+        if image_id is None:
+            continue
+        if image_id in ids:
+            report.repaired(DUPLICATE_ID, f"{path}: line {number}")
         else:
             ids[image_id] = None
     if not ids and not report.problems:
@@ -67,14 +110,51 @@ def read_split(path: Path, report: CheckReport) -> list[str]:
     return list(ids)
 
 
+def _read_line(
+    text: str, line: str, path: Path, report: CheckReport, files: VocFiles
+) -> str | None:
+    """The id in a line, None where a problem was listed."""
+    if text in (".", "..") or any(c in text for c in "/\\\0"):
+        allowed = "allowed: a file name without its suffix, without / or \\"
+        report.problem(path, line, repr(text), allowed)
+        return None
+    stem, suffix = os.path.splitext(text)
+    image_id, written = files.find_id(text), text
+    if image_id is None and suffix.lower() in IMAGE_SUFFIXES:
+        report.repaired(ID_WITH_SUFFIX, f"{path}: {line}")
+        image_id, written = files.find_id(stem) or stem, stem
+    if image_id is not None:
+        if image_id != written and composed(image_id) == composed(written):
+            report.repaired(OTHER_UNICODE_FORM, f"{path}: {line}")
+        return image_id
+    *before, last = text.split()
+    if not before:
+        return text  # its missing image and annotation are listed later
+    allowed = "allowed: one image id a line, with spaces only where a file has that name"
+    if last in ("-1", "0", "1") and files.find_id(" ".join(before)):
+        allowed = (
+            "allowed: one image id a line; an id with a flag is of a class's list: name the split "
+            "itself"
+        )
+    report.problem(path, line, repr(text), allowed)
+    return None
+
+
 def index_images(folder: Path) -> dict[str, Path]:
     """Image id -> its file, for every .jpg, .jpeg or .png (any case); .jpg wins over .png."""
     found: dict[str, Path] = {}
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
     for suffix in IMAGE_SUFFIXES:
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for path in paths:
             if path.suffix.lower() == suffix:
                 found.setdefault(path.stem, path)
     return found
+
+
+def index_annotations(folder: Path) -> dict[str, Path]:
+    """Image id -> its .xml file."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.stem: path for path in paths if path.suffix == ".xml"}
 
 
 def read_annotation(
@@ -83,23 +163,29 @@ def read_annotation(
     image_path: Path | None,
     class_index: Mapping[str, int],
     report: CheckReport,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> dict | None:
     """The record of one image in Detectron2's form, or None where a problem was listed."""
     num_problems = len(report.problems)
-    root = _parse(xml_path, report)
-    size = None
+    root = parse_annotation(xml_path, report)
+    header = None
     if image_path is None:
         images = xml_path.parent.parent / "JPEGImages" / image_id
         report.problem(images, "image", "missing", f"allowed: {', '.join(IMAGE_SUFFIXES)}")
     else:
         try:
-            size = image_size(image_path)
-        except (OSError, ValueError):
-            report.problem(image_path, "image", "does not open", "allowed: a JPEG or PNG image")
-    if root is None or size is None:
+            header = image_header(image_path, decoding)
+        except (OSError, ValueError) as error:
+            report.problem(image_path, "image", not_opened(error), "allowed: a JPEG or PNG image")
+    if root is None or header is None:
         return None
-    height, width = size
-    _check_size(root, height, width, xml_path, report)
+    height, width = header.height, header.width
+    if not _check_size(root, header, xml_path, report):
+        return None  # the boxes' own would only follow from it
+    if header.orientation != 1:
+        report.repaired(EXIF_TURNED, str(image_path))
+    if header.is_sixteen_bit:
+        report.sixteen_bit.append(str(image_path))
     annotations = []
     for number, element in enumerate(root.findall("object"), start=1):
         where = f"{xml_path}: object {number}"
@@ -119,7 +205,8 @@ def read_annotation(
     }
 
 
-def _parse(xml_path: Path, report: CheckReport) -> ET.Element | None:
+def parse_annotation(xml_path: Path, report: CheckReport) -> ET.Element | None:
+    """The root of an annotation, None where a problem was listed."""
     try:
         data = read_small_file(xml_path)
         root = ET.fromstring(data, ET.XMLParser(target=_NoDoctypeBuilder()))
@@ -135,21 +222,39 @@ def _parse(xml_path: Path, report: CheckReport) -> ET.Element | None:
 
 
 def _check_size(
-    root: ET.Element, height: int, width: int, xml_path: Path, report: CheckReport
-) -> None:
+    root: ET.Element, header: ImageHeader, xml_path: Path, report: CheckReport
+) -> bool:
+    """False where the size is that of another orientation, which boxes then have too."""
+    height, width = header.height, header.width
     texts = [(root.findtext(f"size/{name}") or "0").strip() for name in ("width", "height")]
     try:
         given = tuple(int(float(text)) for text in texts)
     except (ValueError, OverflowError):
         report.problem(xml_path, "size", " x ".join(texts), f"the image is {width} x {height}")
-        return
+        return True
     if given == (width, height):
-        return
+        return True
     if 0 in given:
         report.repaired(SIZE_FROM_IMAGE, str(xml_path))
     else:
         # Detectron2 refuses such an image too, but only when it first loads it.
-        report.problem(xml_path, "size", " x ".join(texts), f"the image is {width} x {height}")
+        found = other_size((given[1], given[0]), header, _corners(root), "<size>")
+        report.problem(xml_path, "size", " x ".join(texts), found)
+        return header.orientation == 1
+    return True
+
+
+def _corners(root: ET.Element) -> list[tuple[float, float]]:
+    """(xmax, ymax) of the objects whose box can be read."""
+    corners = []
+    for element in root.findall("object"):
+        texts = [element.findtext(f"bndbox/{name}") or "" for name in ("xmax", "ymax")]
+        try:
+            right, lower = map(float, texts)
+        except ValueError:
+            continue
+        corners.append((right, lower))
+    return corners
 
 
 def _read_object(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +22,10 @@ import torch
 import torch.distributed as dist
 
 from detection.config_keys import EXTRA_NORM_HEADS
+from detection.data.coco_json import scored_file
 from detection.data.loader import batch_share, usable_records
 from detection.data.masks import decode_rle, encode_rle
-from detection.data.voc import resolve_datasets
+from detection.data.voc import resolve_datasets, scored_folder
 from detection.engines import d2_problems, d2_session, session
 from detection.engines.base import FINAL_MODEL, Detections, Run
 from detection.engines.d2_session import (
@@ -42,7 +42,6 @@ from moco.cfgnode import CfgNode
 from moco.errors import CheckpointError, ConfigError, DataError
 from moco.training.checkpoint import verify_manifest
 
-_SCORES = ("AP", "AP50", "AP75")
 # What Detectron2's evaluators raise for files that this project accepts.
 _UNREADABLE = (AssertionError, AttributeError, LookupError, OSError, SyntaxError, ValueError)
 
@@ -134,7 +133,7 @@ class Detectron2Engine:
         except _UNREADABLE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
         session.say(run, f"Detectron2's own evaluator gives no score: {reason}")
-        return {**dict.fromkeys(_SCORES), "reason": reason}
+        return {**dict.fromkeys(d2_session.SCORES), "reason": reason}
 
 
 def _import_all() -> None:
@@ -271,7 +270,8 @@ def _build_trainer(run: Run):
 
         @classmethod
         def build_train_loader(cls, cfg):
-            return build_detection_train_loader(cfg, mapper=CheckedMapper(DatasetMapper(cfg, True)))
+            mapper = CheckedMapper(DatasetMapper(cfg, True), run.cfg.INPUT.MAX_IMAGE_PIXELS)
+            return build_detection_train_loader(cfg, mapper=mapper)
 
         def build_writers(self):
             return []
@@ -331,7 +331,7 @@ def _detector(run: Run) -> tuple[CheckedMapper, Callable[[dict], tuple]]:
             detected += (encode_rle(found.pred_masks.numpy()),)
         return detected
 
-    return CheckedMapper(DatasetMapper(theirs, False)), detect
+    return CheckedMapper(DatasetMapper(theirs, False), run.cfg.INPUT.MAX_IMAGE_PIXELS), detect
 
 
 def _feed(evaluator, records: Sequence[dict], detections: Detections) -> None:
@@ -366,13 +366,15 @@ def voc_scores(
             read_xml(path)
         except _UNREADABLE as error:
             raise DataError(f"{path}: {type(error).__name__}: {error}") from error
-    metadata = {"dirname": spec.root, "split": spec.split, "year": spec.metric_year}
-    with _registered(run, "test data", records, **metadata) as name, np.errstate(all="ignore"):
+    metadata = {"split": spec.split, "year": spec.metric_year}
+    with scored_folder(spec, records) as metadata["dirname"], _registered(
+        run, "test data", records, **metadata
+    ) as name, np.errstate(all="ignore"):
         evaluator = PascalVOCDetectionEvaluator(name)
         # evaluate() joins the detections of all ranks.
         _feed(evaluator, records if run.process.is_main else (), detections)
         scores = evaluator.evaluate()
-    return {} if scores is None else _overall(scores["bbox"])
+    return {} if scores is None else d2_session.overall(scores["bbox"])
 
 
 def _evaluate_coco(run: Run, records: Sequence[dict], detections: Detections) -> dict:
@@ -382,18 +384,12 @@ def _evaluate_coco(run: Run, records: Sequence[dict], detections: Detections) ->
     if not run.process.is_main:
         return {}
     category_ids = {category: index for index, category in enumerate(run.data.category_ids)}
-    metadata = {
-        "json_file": str(run.data.coco_json),
-        "thing_dataset_id_to_contiguous_id": category_ids,
-    }
+    metadata = {"thing_dataset_id_to_contiguous_id": category_ids}
     tasks = ("bbox", "segm") if run.cfg.MODEL.MASK_ON else ("bbox",)
-    with _registered(run, "test data", records, **metadata) as name:
+    file = scored_file(run.data.coco_json, category_ids)
+    with file as metadata["json_file"], _registered(run, "test data", records, **metadata) as name:
         evaluator = COCOEvaluator(name, tasks, distributed=False)
         _feed(evaluator, records, detections)
         scores = evaluator.evaluate()
-    boxes, *masks = (_overall(scores[task]) for task in tasks)
+    boxes, *masks = (d2_session.overall(scores[task]) for task in tasks)
     return {**boxes, "segm": masks[0]} if masks else boxes
-
-
-def _overall(scores: dict) -> dict[str, float | None]:
-    return {key: None if math.isnan(scores[key]) else float(scores[key]) for key in _SCORES}

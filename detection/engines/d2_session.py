@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +31,13 @@ from detection.engines.session import (
     stop_on_sigterm,
 )
 from moco import distributed
+from moco.data.rgb import raise_pillows_limit
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError, DataError, NonFiniteError, dead_worker_as_data_error
 
 ENGINE = "detectron2"
 LOG_FILE = "detectron2_log.txt"
+SCORES = ("AP", "AP50", "AP75")
 # Detectron2's, what torch says about it, and Python's warnings.
 _LOGGERS = ("detectron2", "fvcore", "iopath", "torch.fx", "py.warnings")
 _XYXY_ABS = 0  # Detectron2's BoxMode of our records
@@ -78,10 +81,13 @@ class CheckedMapper:
 
     A loader worker that it runs in ignores the first SIGTERM: one that is sent to all processes of
     a run lets the main process save. The next one, of torch's or Python's, ends the worker.
+
+    Args:
+        max_pixels: INPUT.MAX_IMAGE_PIXELS.
     """
 
-    def __init__(self, mapper: Callable[[dict], dict]):
-        self._mapper = mapper
+    def __init__(self, mapper: Callable[[dict], dict], max_pixels: int):
+        self._mapper, self._max_pixels = mapper, max_pixels
         self._is_guarded = False
 
     def __call__(self, record: dict) -> dict:
@@ -89,6 +95,7 @@ class CheckedMapper:
         if not self._is_guarded and torch.utils.data.get_worker_info() is not None:
             signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
             self._is_guarded = True
+        raise_pillows_limit(self._max_pixels)
         try:
             return self._mapper(record)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow and Detectron2 raise
@@ -222,6 +229,11 @@ def _save(run: Run, trainer, path: Path) -> None:
         model = trainer.checkpointer.model.state_dict()
         content = {"model": model, "trainer": trainer.state_dict()}
         write_state(run, path, content, iteration=trainer.iter, engine=ENGINE)
+
+
+def overall(scores: dict) -> dict[str, float | None]:
+    """The scores of Detectron2's evaluators for JSON, which knows no NaN."""
+    return {key: None if math.isnan(scores[key]) else float(scores[key]) for key in SCORES}
 
 
 def _update_statistics(run: Run, trainer) -> None:

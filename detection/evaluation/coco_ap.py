@@ -19,7 +19,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.data.coco_check import load_json, read_segmentation
+from detection.data.coco_check import read_segmentation
+from detection.data.coco_json import scored_content
 from moco.errors import DataError
 
 RESULTS_FILE = "coco_instances_results.json"
@@ -110,6 +111,7 @@ def evaluate_coco(
     coco_json: Path,
     records: Sequence[dict],
     class_names: Sequence[str],
+    category_ids: Sequence[int] | None = None,
     *,
     with_masks: bool = False,
 ) -> dict[str, CocoScores]:
@@ -119,14 +121,15 @@ def evaluate_coco(
         results: see `coco_results`.
         coco_json: the file that the records are of.
         class_names: by ascending category id.
+        category_ids: of these classes; the file's other categories are no classes. None: all are.
         with_masks: score the masks too.
     Returns: {"bbox": ...} and, with masks, {"segm": ...}.
     Raises: DataError if the file is no longer the one that was checked.
     """
-    content = load_json(coco_json)
     wanted = {r["image_id"]: (r["height"], r["width"]) for r in records}
     tasks = ("bbox", "segm") if with_masks else ("bbox",)
     try:
+        content, _ = scored_content(coco_json, category_ids)
         sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
         if sizes != wanted:
             raise ValueError("its images differ")

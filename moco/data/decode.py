@@ -18,7 +18,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from moco.data.images import ImageSource, decode_rgb
+from moco.data.images import ImageSource
+from moco.data.rgb import PILLOWS_LIMIT, decode_rgb
 
 _FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _START, _END = b"\xff\xd8", b"\xff\xd9"
@@ -32,9 +33,10 @@ def read_bgr(source: ImageSource, index: int) -> np.ndarray:
     Raises: DataError where it is unreadable.
     """
     data = source.read_bytes(index)
-    image = decode_plain_jpeg(data)
+    image = decode_plain_jpeg(data, source.decoding.max_pixels)
     if image is None:
-        image = cv2.cvtColor(np.asarray(decode_rgb(data, source.path(index))), cv2.COLOR_RGB2BGR)
+        rgb = decode_rgb(data, source.path(index), source.decoding)
+        image = cv2.cvtColor(np.asarray(rgb), cv2.COLOR_RGB2BGR)
     return image
 
 
@@ -43,9 +45,9 @@ def read_rgb(source: ImageSource, index: int) -> np.ndarray:
     return cv2.cvtColor(read_bgr(source, index), cv2.COLOR_BGR2RGB)
 
 
-def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+def decode_plain_jpeg(data: bytes, max_pixels: int = PILLOWS_LIMIT) -> np.ndarray | None:
     """uint8 [H, W, 3], BGR, of a JPEG file; None where it is not a plain one, or damaged."""
-    if plain_jpeg_size(data) is None:
+    if plain_jpeg_size(data, max_pixels) is None:
         return None
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS)
@@ -53,7 +55,7 @@ def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
         return None
 
 
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+def plain_jpeg_size(data: bytes, max_pixels: int = PILLOWS_LIMIT) -> tuple[int, int] | None:
     """(width, height) of a complete 8-bit grey or RGB (YCbCr) JPEG file; None for anything else.
 
     Read from the frame header (ITU T.81, B.2.2). A file that does not end with the end marker may
@@ -72,8 +74,9 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             height = int.from_bytes(data[position + 5 : position + 7], "big")
             width = int.from_bytes(data[position + 7 : position + 9], "big")
             plain = precision == 8 and components in (1, 3) and width and height
-            # Above it PIL warns or refuses, so PIL is asked.
-            return (width, height) if plain and width * height <= Image.MAX_IMAGE_PIXELS else None
+            # Above them PIL warns or refuses, so PIL is asked.
+            small = width * height <= min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+            return (width, height) if plain and small else None
         if marker in _OTHER_FRAMES or marker == 0xDA or marker == 0x01:
             return None
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")

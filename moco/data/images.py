@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
 from moco.data.reading import read_file
-from moco.data.rgb import decode_rgb
+from moco.data.rgb import DEFAULT_DECODING, Decoding, decode_rgb
 from moco.data.shard_index import is_pack
 from moco.data.shards import ShardSource, open_pack
 from moco.data.workers import note_image
@@ -31,12 +32,16 @@ class ImageSource:
         paths: one relative path ("/" separated) an image.
         labels: the class of each image as an index into `class_names`; None in a flat folder.
         class_names: the class folders, sorted; empty in a flat folder.
+        decoding: how files become pixels.
+        left_out: kind -> how many files and folders there are that are no image by their name.
     """
 
     root: str
     paths: tuple[str, ...]
     labels: tuple[int, ...] | None
     class_names: tuple[str, ...]
+    decoding: Decoding = DEFAULT_DECODING
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,10 +60,16 @@ class ImageSource:
 
     def open(self, index: int) -> Image.Image:
         """Image `index` as `decode_rgb` returns it. Raises DataError where it is unreadable."""
-        return decode_rgb(self.read_bytes(index), self.path(index))
+        return decode_rgb(self.read_bytes(index), self.path(index), self.decoding)
+
+    def decoded_as(self, decoding: Decoding) -> ImageSource:
+        """The same images, decoded otherwise."""
+        return replace(self, decoding=decoding)
 
 
-def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
+def find_images(
+    root: str | os.PathLike, decoding: Decoding = DEFAULT_DECODING
+) -> ImageSource | ShardSource:
     """List the images of a folder; none of them is opened.
 
     A folder that tools/pack_images.py wrote gives the images, names and labels of the folder it was
@@ -68,8 +79,9 @@ def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
     As the reference does (main_moco.py), `root/train` is read where `root` itself holds no image
     and has a folder `train`. To tell that split from a class named "train", it must be the only
     folder or stand beside val, valid, validation or test.
-    Names that begin with a dot are ignored. Links to folders are followed. A folder that is named
-    as an image and holds no image and no folder counts as one: as one that cannot be read.
+    Names that begin with a dot are left out, as are files without an image's suffix; both are
+    counted. Links to folders are followed. A folder that is named as an image and holds no image
+    and no folder counts as one: as one that cannot be read.
 
     Raises:
         DataError: root is missing, not a folder, unreadable, holds no image, mixes the two
@@ -77,13 +89,15 @@ def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
     """
     root = Path(root).expanduser()
     if is_pack(root):
-        return open_pack(root)
-    images, folders = _list_folder(root)
+        return open_pack(root).decoded_as(decoding)
+    left_out: Counter[str] = Counter()
+    images, folders = _list_folder(root, left_out)
     if not images and _train_is_a_split(folders):
         root = root / "train"
         if is_pack(root):
-            return open_pack(root)
-        images, folders = _list_folder(root)
+            return open_pack(root).decoded_as(decoding)
+        left_out.clear()
+        images, folders = _list_folder(root, left_out)
     if images:
         mixed = next((f for f in folders if next(_images_under(root / f), None)), None)
         if mixed is not None:
@@ -91,8 +105,16 @@ def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
                 f"{root}: holds images ({images[0]}, ...) beside the image folder {mixed!r}; "
                 "either class folders or a flat folder of images is allowed; move one of them away"
             )
-        return ImageSource(str(root), tuple(images), None, ())
-    return _read_class_folders(root, folders)
+        return ImageSource(str(root), tuple(images), None, (), decoding, dict(left_out))
+    source = _read_class_folders(root, folders, left_out)
+    return replace(source, decoding=decoding, left_out=dict(left_out))
+
+
+def left_out_in_words(source: ImageSource | ShardSource) -> str:
+    """What of a folder is not among the images of a source, to follow their number; or ""."""
+    kinds = getattr(source, "left_out", {})
+    listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+    return f"; left out: {listed}" if listed else ""
 
 
 def split_folders(root: str | os.PathLike) -> list[str]:
@@ -103,12 +125,12 @@ def split_folders(root: str | os.PathLike) -> list[str]:
     return [name for name in folders if name in ("train", *_SPLITS_BESIDE_TRAIN)]
 
 
-def _read_class_folders(root: Path, folders: list[str]) -> ImageSource:
+def _read_class_folders(root: Path, folders: list[str], left_out: Counter[str]) -> ImageSource:
     paths: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
     for label, folder in enumerate(folders):
-        found = [f"{folder}/{path}" for path in _images_under(root / folder)]
+        found = [f"{folder}/{path}" for path in _images_under(root / folder, left_out)]
         if not found:
             empty.append(folder)
         paths += found
@@ -140,7 +162,20 @@ def _is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
+def _count_left_out(name: str, left_out: Counter[str] | None, what: str = "file") -> None:
+    """Count the name of what is no image."""
+    if left_out is None:
+        return
+    if name.startswith("."):
+        left_out[f"{what} whose name begins with a dot"] += 1
+    else:
+        suffix = os.path.splitext(name)[1].lower()
+        left_out[f"{suffix} file" if suffix else "file without a suffix"] += 1
+
+
+def _list_folder(
+    folder: Path, left_out: Counter[str] | None = None
+) -> tuple[list[str], list[str]]:
     """The sorted names of the images and of the folders directly in `folder`."""
     images, folders = [], []
     try:
@@ -150,6 +185,8 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
                     folders.append(entry.name)
                 elif _is_image_name(entry.name):
                     images.append(entry.name)
+                else:
+                    _count_left_out(entry.name, left_out)
     except FileNotFoundError as error:
         raise DataError(f"{folder}: does not exist; give a folder of images") from error
     except NotADirectoryError as error:
@@ -157,6 +194,8 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
     unreadable = set(_folders_as_images(folder, folders))
+    for name in (f for f in folders if f.startswith(".")):
+        _count_left_out(name, left_out, "folder")
     folders = [f for f in folders if f not in unreadable and not f.startswith(".")]
     return sorted([*images, *unreadable]), sorted(folders)
 
@@ -178,7 +217,9 @@ def _folders_as_images(folder: str | os.PathLike, subfolders: list[str]) -> list
     return found
 
 
-def _images_under(top: str | os.PathLike) -> Iterator[str]:
+def _images_under(
+    top: str | os.PathLike, left_out: Counter[str] | None = None
+) -> Iterator[str]:
     """Paths of the images below `top`, relative to it, in torchvision's ImageFolder's order."""
 
     def stop(error: OSError) -> None:
@@ -192,9 +233,15 @@ def _images_under(top: str | os.PathLike) -> Iterator[str]:
         if real in outer:
             raise DataError(f"{folder}: a link leads back to a folder above it; remove the link")
         above[folder] = outer | {real}
+        for name in (name for name in subfolders if name.startswith(".")):
+            _count_left_out(name, left_out, "folder")
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         visited.append((folder, names + _folders_as_images(folder, subfolders)))
     for folder, names in sorted(visited):
         relative = os.path.relpath(folder, top).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
-        yield from (f"{prefix}{name}" for name in sorted(names) if _is_image_name(name))
+        for name in sorted(names):
+            if _is_image_name(name):
+                yield f"{prefix}{name}"
+            else:
+                _count_left_out(name, left_out)

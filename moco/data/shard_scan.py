@@ -15,7 +15,7 @@ import numpy as np
 
 from moco.data.images import IMAGE_SUFFIXES
 from moco.data.reading import MAX_FILE_BYTES, open_regular
-from moco.data.rgb import decode_rgb
+from moco.data.rgb import DEFAULT_DECODING, Decoding, decode_rgb
 from moco.data.shard_index import NO_LABEL, SAMPLE, TAR_BLOCK, is_shard_name, write_index
 from moco.data.shard_writer import Packed, ordered_map, write_skipped
 from moco.errors import DataError
@@ -46,7 +46,11 @@ class _Scanned:
 
 
 def index_shards(
-    folder: Path, num_workers: int, skip_unreadable: bool, tick: Callable[[], None] = lambda: None
+    folder: Path,
+    num_workers: int,
+    skip_unreadable: bool,
+    tick: Callable[[], None] = lambda: None,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> Packed:
     """Write the index of all .tar files of a folder, in the order of their names.
 
@@ -61,7 +65,7 @@ def index_shards(
     """
     shards = list_shards(folder)
     scanned = []
-    for result in ordered_map(_Scan(folder), shards, num_workers):
+    for result in ordered_map(_Scan(folder, decoding), shards, num_workers):
         if isinstance(result, DataError):
             raise result
         if result.unreadable and not skip_unreadable:
@@ -157,21 +161,21 @@ def _class_names(
 class _Scan:
     """Name of a shard -> what it holds, or the DataError that says what is wrong with it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, decoding: Decoding):
+        self.folder, self.decoding = folder, decoding
 
     def __call__(self, name: str) -> _Scanned | DataError:
         path = self.folder / name
         try:
             with open(open_regular(path, follow_links=False), "rb") as file:
-                return _scan(path, file)
+                return _scan(path, file, self.decoding)
         except DataError as error:
             return error
         except OSError as error:
             return DataError(f"{path}: cannot be read ({error.strerror}); copy the shard anew")
 
 
-def _scan(path: Path, file) -> _Scanned:
+def _scan(path: Path, file, decoding: Decoding) -> _Scanned:
     num_bytes = os.fstat(file.fileno()).st_size
     rows, names, unreadable, classes = [], [], [], {}
     left_out: dict[str, tuple[int, str]] = {}
@@ -190,7 +194,7 @@ def _scan(path: Path, file) -> _Scanned:
         text = _label(path, key, file, members["cls"]) if "cls" in members else None
         data = _bytes_at(file, offset, size)
         try:
-            decode_rgb(data, f"{path}: {key}.{suffix}")
+            decode_rgb(data, f"{path}: {key}.{suffix}", decoding)
         except DataError as error:
             unreadable.append((f"{where}.{suffix}", str(error)))
             continue

@@ -186,7 +186,7 @@ class _Prepare:
         try:
             data = self.source.read_bytes(index)
             # Decoded in any case: an image that cannot be is found now, not in epoch 3.
-            image = decode_rgb(data, self.source.path(index))
+            image = decode_rgb(data, self.source.path(index), self.source.decoding)
         except DataError as error:
             return error
         suffix = os.path.splitext(self.source.paths[index])[1][1:].lower()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from moco.data.reading import open_regular, retried
-from moco.data.rgb import decode_rgb
+from moco.data.rgb import DEFAULT_DECODING, Decoding, decode_rgb
 from moco.data.shard_index import PackIndex, read_index, shard_of_other_size
 from moco.data.workers import note_image
 from moco.errors import DataError
@@ -30,11 +30,15 @@ class ShardSource:
     Attributes:
         root: the folder of the pack.
         class_names: empty without labels.
+        decoding: how files become pixels.
     """
 
-    def __init__(self, root: str | os.PathLike, index: PackIndex):
+    def __init__(
+        self, root: str | os.PathLike, index: PackIndex, decoding: Decoding = DEFAULT_DECODING
+    ):
         self.root = str(root)
         self.index = index
+        self.decoding = decoding
         self.class_names = index.class_names or ()
         self._read_ahead = (0, 0)
         self._open_caches()
@@ -46,7 +50,8 @@ class ShardSource:
 
     def __getstate__(self) -> dict:
         """Without open files and what can be derived: what worker processes get."""
-        return {key: self.__dict__[key] for key in ("root", "index", "class_names", "_read_ahead")}
+        kept = ("root", "index", "class_names", "decoding", "_read_ahead")
+        return {key: self.__dict__[key] for key in kept}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -127,14 +132,18 @@ class ShardSource:
 
     def open(self, index: int) -> Image.Image:
         """Image `index` as `decode_rgb` returns it. Raises DataError where it is unreadable."""
-        return decode_rgb(self.read_bytes(index), self.path(index))
+        return decode_rgb(self.read_bytes(index), self.path(index), self.decoding)
+
+    def decoded_as(self, decoding: Decoding) -> ShardSource:
+        """The same images, decoded otherwise."""
+        return ShardSource(self.root, self.index, decoding)
 
     def reading_ahead(self, block_size: int, blocks_in_flight: int) -> ShardSource:
         """A copy that, where an image is read, has the kernel fetch its whole block.
 
         For the order "blocks": block b are the images `block_size` * b ... of `storage_order`.
         """
-        copy = ShardSource(self.root, self.index)
+        copy = ShardSource(self.root, self.index, self.decoding)
         copy._read_ahead = (block_size, blocks_in_flight)
         copy._open_caches()
         return copy

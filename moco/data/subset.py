@@ -25,6 +25,7 @@ class SubsetSource:
         if source.labels is not None:
             self.labels = tuple(source.labels[index] for index in self.indices)
         self.class_names = source.class_names
+        self.decoding = source.decoding
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -122,7 +122,7 @@ class TwoTablesAndFile(Dataset):
         files, rows = [], []
         for epoch, index in keys:
             data = self.source.read_bytes(index)
-            size = plain_jpeg_size(data)
+            size = plain_jpeg_size(data, self.source.decoding.max_pixels)
             if size is None:
                 file = read_rgb(self.source, index)
                 size = file.shape[1], file.shape[0]

@@ -35,7 +35,7 @@ from moco.evaluation.results import (
     versions,
     write_results,
 )
-from moco.evaluation.splits import find_splits
+from moco.evaluation.splits import find_splits, splits_in_words
 from moco.evaluation.weights import Pretrained, read_pretrained
 
 PROTOCOL = "linear classification on cached features, no augmentation"
@@ -172,8 +172,9 @@ def evaluate_cached(
     weights = read_pretrained(weights) if isinstance(weights, str) else weights
     for note in weights.notes:
         say(note)
-    train, test = find_splits(data_dir, test_dir)
-    train = choose_labels(train, cfg.DATA)
+    train, test = find_splits(data_dir, test_dir, weights.decoding)
+    whole, train = train, choose_labels(train, cfg.DATA)
+    say(f"{PROTOCOL}: {splits_in_words(whole, train, test)}; {weights.path} ({weights.arch})")
     stores = _fill_stores(cfg, weights, train, test, output_dir, process, say)
     distributed.barrier()
     if not process.is_main:

@@ -27,7 +27,7 @@ from moco.evaluation.results import (
     versions,
     write_results,
 )
-from moco.evaluation.splits import find_splits
+from moco.evaluation.splits import find_splits, splits_in_words
 from moco.evaluation.weights import Pretrained, read_pretrained
 
 
@@ -96,7 +96,7 @@ def evaluate_knn(
     weights = read_pretrained(weights) if isinstance(weights, str) else weights
     for note in weights.notes:
         say(note)
-    train, test = find_splits(data_dir, test_dir)
+    train, test = find_splits(data_dir, test_dir, weights.decoding)
     check_sweep(settings.ks, settings.temperatures, len(train))
     reader = _feature_reader(settings, weights, process, batch_size, num_workers)
     k = max(settings.ks)
@@ -105,9 +105,8 @@ def evaluate_knn(
         num_train=len(train), num_test=len(test), width=reader.width, k=k, dtype=dtype
     )
     say(
-        f"kNN on {settings.features} features of {weights.path} ({weights.arch}): {len(train)} "
-        f"training and {len(test)} test images, {reader.width} features, "
-        f"{len(train.class_names)} classes"
+        f"kNN on {settings.features} features of {weights.path} ({weights.arch}), {reader.width} "
+        f"features: {splits_in_words(train, train, test)}"
     )
     whole = len(train) * reader.width * dtype.itemsize
     say(plan_in_words(plan, whole))

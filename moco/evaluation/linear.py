@@ -35,7 +35,7 @@ from moco.evaluation.classifier import (
 )
 from moco.evaluation.linear_state import LinearIdentity
 from moco.evaluation.results import RESULTS_FILE
-from moco.evaluation.splits import find_splits
+from moco.evaluation.splits import find_splits, splits_in_words
 from moco.evaluation.weights import Pretrained, read_pretrained
 from moco.training import checkpoint as ckpt
 from moco.training.progress import ConsoleProgress, EpochRecord, JsonLog, Observer, StepRecord
@@ -325,8 +325,8 @@ def evaluate_linear(
     weights = read_pretrained(weights) if isinstance(weights, str) else weights
     for note in weights.notes:
         say(note)
-    train, test = find_splits(data_dir, test_dir)
-    train = choose_labels(train, cfg.DATA)
+    train, test = find_splits(data_dir, test_dir, weights.decoding)
+    whole, train = train, choose_labels(train, cfg.DATA)
     lock = RunLock(output_dir, say)
     distributed.on_main(lock.acquire)
     try:
@@ -339,8 +339,8 @@ def evaluate_linear(
             say(f"this run is finished; its results are in {output_dir / RESULTS_FILE}")
             return ckpt.read_json(output_dir / RESULTS_FILE)
         say(
-            f"{linear_results.protocol(cfg)}: {len(train)} training and {len(test)} test images, "
-            f"{len(train.class_names)} classes; {weights.path} ({weights.arch}, {weights.layout}); "
+            f"{linear_results.protocol(cfg)}: {splits_in_words(whole, train, test)}; "
+            f"{weights.path} ({weights.arch}, {weights.layout}); "
             f"{process.world_size} process(es) on {process.device.type}"
         )
         stopped_by = _train_observed(trainer, output_dir)

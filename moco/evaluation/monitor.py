@@ -61,7 +61,7 @@ def _test_images(data_dir: str, train: ImageSource) -> ImageSource:
         raise DataError(f"{data_dir} has no folder {' or '.join(TEST_FOLDERS)}")
     if Path(train.root) == Path(data_dir):
         raise DataError(f"{data_dir} holds classes, not train/ beside {folder.name}/")
-    test = find_images(folder)
+    test = find_images(folder, train.decoding)
     if test.labels is None:
         raise DataError(f"{folder} is a flat folder of images, without labels")
     differing = class_differences(train, test)

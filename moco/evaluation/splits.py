@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moco.data.images import ImageSource, find_images
+from moco.data.images import ImageSource, find_images, left_out_in_words
+from moco.data.rgb import DEFAULT_DECODING, Decoding
+from moco.data.subset import SubsetSource
 from moco.errors import DataError
 
 TEST_FOLDERS = ("val", "test")
@@ -16,12 +18,15 @@ def find_test_folder(data_dir: str) -> Path | None:
     return next((Path(data_dir) / f for f in TEST_FOLDERS if (Path(data_dir) / f).is_dir()), None)
 
 
-def find_splits(data_dir: str, test_dir: str | None = None) -> tuple[ImageSource, ImageSource]:
+def find_splits(
+    data_dir: str, test_dir: str | None = None, decoding: Decoding = DEFAULT_DECODING
+) -> tuple[ImageSource, ImageSource]:
     """Training and test images of `data_dir`, both in class folders of the same names.
 
     Args:
         data_dir: holds `train/CLASS/*` and `val/CLASS/*` or `test/CLASS/*`.
         test_dir: another folder of test images.
+        decoding: how files become pixels: as for the weights' pretraining.
     Raises: DataError where a split or its labels are missing, or the classes differ.
     """
     folder = Path(test_dir) if test_dir else find_test_folder(data_dir)
@@ -30,7 +35,7 @@ def find_splits(data_dir: str, test_dir: str | None = None) -> tuple[ImageSource
             f"{data_dir}: has no folder {' or '.join(TEST_FOLDERS)}; give a folder with train/ and "
             "one of these, or name the test images' folder with --test-data"
         )
-    train, test = find_images(data_dir), find_images(folder)
+    train, test = find_images(data_dir, decoding), find_images(folder, decoding)
     for source in (train, test):
         if source.labels is None:
             raise DataError(
@@ -39,6 +44,25 @@ def find_splits(data_dir: str, test_dir: str | None = None) -> tuple[ImageSource
             )
     check_same_classes(train, test, "give both the same class folders")
     return train, test
+
+
+def splits_in_words(
+    whole: ImageSource, train: ImageSource | SubsetSource, test: ImageSource
+) -> str:
+    """How many images and classes two splits have, and what is left out of their folders.
+
+    Args:
+        whole: the training images, of which `train` are used.
+    """
+    part = "" if len(train) == len(whole) else f" of {len(whole)}"
+    parts = [
+        f"{len(train)}{part} training and {len(test)} test images, {len(whole.class_names)} classes"
+    ]
+    for name, source in (("training", whole), ("test", test)):
+        words = left_out_in_words(source)
+        if words:
+            parts.append(words.replace("left out:", f"left out of the {name} images:"))
+    return "".join(parts)
 
 
 def check_same_classes(train: ImageSource, test: ImageSource, remedy: str) -> None:

@@ -97,7 +97,10 @@ def evaluate_svm(
         say(note)
     encoder = _encoder(settings, weights, process)
     features = [
-        _features(encoder, source, settings, weights, process, batch_size, num_workers, say)
+        _features(
+            encoder, source.decoded_as(weights.decoding), settings, weights, process, batch_size,
+            num_workers, say,
+        )
         for source, _ in (train, test)
     ]
     say(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from moco.data.rgb import DEFAULT_DECODING, Decoding
 from moco.distributed import tensors_digest
 from moco.errors import CheckpointError
 from moco.models import backbone, vit
@@ -47,6 +48,8 @@ class Pretrained:
         options: keyword arguments of `build_encoder` but `num_classes`.
         size, mean, std: of the images it was trained with, None where the file does not say.
         notes: lines worth printing.
+        decoding: how files became pixels in its pretraining; the default where the file does not
+            say.
     """
 
     path: str
@@ -59,6 +62,7 @@ class Pretrained:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
+    decoding: Decoding = DEFAULT_DECODING
 
     @property
     def arch(self) -> str:
@@ -168,7 +172,16 @@ def pretrained_from(
         mean=mean,
         std=std,
         notes=(*notes, *found.notes),
+        decoding=_decoding(content),
     )
+
+
+def _decoding(content: object) -> Decoding:
+    """How images were decoded, of a checkpoint of tools/pretrain.py; else the default."""
+    try:
+        return Decoding.of(content["extra"]["config"]["DATA"])
+    except (KeyError, TypeError):
+        return Decoding()
 
 
 def _trained_with(

@@ -40,6 +40,8 @@ def test_extra_keys_have_their_defaults():
         "DATASETS.VOC_CLASSES": (),
         "DATASETS.VOC_METRIC": 2007,
         "DATASETS.COCO_FILES": (),
+        "INPUT.SIXTEEN_BIT_RANGE": (0, 65535),
+        "INPUT.MAX_IMAGE_PIXELS": 178956970,
         "TEST.ROUND_DETECTIONS": True,
         "TEST.AMP.ENABLED": False,
         "MODEL.CHANNELS_LAST": False,

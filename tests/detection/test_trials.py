@@ -268,6 +268,43 @@ def test_split_naming_a_missing_image(make_job, tmp_path):
         make_job(root=root)
 
 
+def test_a_class_without_a_test_object_is_named_in_the_check_and_in_results(
+    make_job, tmp_path, capsys
+):
+    root = make_shapes_dataset(
+        tmp_path / "own", num_train=2, num_test=2, num_unlabelled=0, size=64, seed=1,
+        class_names=CLASSES,
+    )
+    results = trials.run_trials(make_job(root=root), 1)
+    capsys.readouterr()
+    assert results["classes_without_test_objects"] == []  # control
+    assert "without an object" not in (tmp_path / "out/results.md").read_text()
+    classes = "('unseen', 'circle', 'square')"
+    job = make_job(
+        "DATASETS.VOC_CLASSES", classes, "MODEL.ROI_HEADS.NUM_CLASSES", "3",
+        "OUTPUT_DIR", str(tmp_path / "three"), root=root,
+    )  # fmt: skip
+    words = "classes without an object in the test data: "
+    meaning = "; each counts as AP 0 in the mean of VOC's 2007 metric, as in Detectron2"
+    assert f"  warning: {words}(unseen){meaning}" in capsys.readouterr().out
+    results = trials.run_trials(job, 1)
+    assert results["classes_without_test_objects"] == ["unseen"]
+    report = (tmp_path / "three/results.md").read_text()
+    assert f"- {words}unseen{meaning}" in report
+
+
+def test_nothing_to_train_on_stops_before_the_first_trial(make_job, engine, tmp_path):
+    root = make_shapes_dataset(
+        tmp_path / "own", num_train=2, num_test=2, num_unlabelled=0, size=64, seed=1,
+        class_names=CLASSES,
+    )
+    for image_id in (root / "ImageSets/Main/train.txt").read_text().split():
+        (root / f"Annotations/{image_id}.xml").write_text("<annotation/>")
+    with pytest.raises(DataError, match="training data: 2 images, 0 boxes read: no image is tr"):
+        make_job(root=root)
+    assert engine.trained == [] and not (tmp_path / "out").exists()
+
+
 def test_no_trials(make_job):
     with pytest.raises(ConfigError, match="--trials 0: at least 1"):
         trials.run_trials(make_job(), 0)

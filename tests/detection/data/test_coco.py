@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_files import IMAGE, RLE, SQUARE, annotation, content, load, make
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -26,50 +26,6 @@ from detection.data.loader import Augmentation, load_train_sample
 from detection.data.shapes_coco import make_coco_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-SQUARE = [[10, 5, 30, 5, 30, 25, 10, 25]]
-RLE = {"size": [40, 60], "counts": [100, 50, 2250]}
-
-
-def annotation(number=1, **changes) -> dict:
-    """An object of image 7, with every field of COCO; a change to None takes the field out."""
-    entry = {
-        "id": number,
-        "image_id": 7,
-        "category_id": 3,
-        "bbox": [10, 5.5, 20, 20.25],
-        "area": 400,
-        "iscrowd": 0,
-        "segmentation": SQUARE,
-        **changes,
-    }
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def content(*annotations, **changes) -> dict:
-    return {
-        "images": [
-            {"id": 9, "file_name": "b.jpg", "height": 40, "width": 60},
-            {"id": 7, "file_name": "a.jpg", "height": 40, "width": 60},
-        ],
-        "annotations": list(annotations or [annotation()]),
-        "categories": [{"id": 12, "name": "dog"}, {"id": 3, "name": "cat"}],
-        **changes,
-    }
-
-
-def make(root: Path, tree: object, name="x.json") -> CocoSpec:
-    root.mkdir(exist_ok=True)
-    for image in ("a.jpg", "b.jpg"):
-        Image.new("RGB", (60, 40), (90, 120, 40)).save(root / image)
-    text = tree if isinstance(tree, str | bytes) else json.dumps(tree)
-    (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return CocoSpec("toy", root / name, root)
-
-
-def load(root: Path, tree: object, *, for_scoring=False, with_masks=False, name="x.json"):
-    return load_records(make(root, tree, name), for_scoring=for_scoring, with_masks=with_masks)
-
 
 def test_records_have_detectron2s_form(tmp_path):
     loaded = load(tmp_path, content(annotation(), annotation(2, category_id=12, iscrowd=1)))
@@ -182,7 +138,6 @@ def without(tree: dict, field: str) -> dict:
     return {key: value for key, value in tree.items() if key != field}
 
 
-IMAGE = {"id": 7, "file_name": "a.jpg", "height": 40, "width": 60}
 CAT = {"id": 3, "name": "cat"}
 
 
@@ -191,7 +146,7 @@ CAT = {"id": 3, "name": "cat"}
     [
         (content(annotation(category_id=4)), ("annotations[0]: category_id: 4", "categories")),
         (content(annotation(category_id=None)), ("category_id: missing",)),
-        (content(annotation(image_id=8)), ("annotations[0]: image_id: 8", "its images")),
+        (content(annotation(image_id=8)), ("annotations: none of 1 is of an image that the file",)),
         (content(annotation(image_id=[7])), ("image_id: [7]",)),
         (content(annotation(1), annotation(1)), ("annotations[1]: id: 1", "one annotation an id")),
         (content(annotation(None)), ("annotations[0]: id: None", "whole number")),
@@ -234,7 +189,8 @@ CAT = {"id": 3, "name": "cat"}
         (content(images=[{**IMAGE, "file_name": None}]), ("file_name: None",)),
         (content(images=[{**IMAGE, "file_name": "\udc80.jpg"}]), ("a path in",)),
         (content(images=[{**IMAGE, "height": 0}]), ("height, width: (0, 60)",)),
-        (content(images=[{**IMAGE, "width": 60.0}]), ("height, width: (40, 60.0)",)),
+        (content(images=[{**IMAGE, "width": 60.5}]), ("height, width: (40, 60.5)",)),
+        (content(images=[{**IMAGE, "id": 1e300}]), ("images[0]: id: 1e+300",)),
         (content(images=[{**IMAGE, "width": 61}]), ("a.jpg: size: 61 x 40 in x.json", "60 x 40")),
         (content(images=[{**IMAGE, "file_name": "c.jpg"}]), ("c.jpg: image: missing",)),
         (content(images=[{**IMAGE, "file_name": "x.json"}]), ("x.json: image: does not open",)),

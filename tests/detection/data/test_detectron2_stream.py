@@ -144,7 +144,7 @@ def test_seeds_of_workers_stay_in_numpys_range():
 def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ConfigError, match="multiple of 2"):
         make_stream(records(), StreamCase(0, 1, settings={"SOLVER.IMS_PER_BATCH": 3}, world_size=2))
-    with pytest.raises(DataError, match="none of its 13 images has a box"):
+    with pytest.raises(DataError, match="13 images, 0 boxes read: no image is trained on; left"):
         make_stream([{**record, "annotations": []} for record in records()])
     stream = ["DATALOADER.STREAM", "detectron2"]
     with pytest.raises(ConfigError, match="SEED is -1; allowed: 0 to .*the SEED of the run"):

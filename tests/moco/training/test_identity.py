@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from moco.cfgnode import flatten
+from moco.cfgnode import digest, flatten
+from moco.config import DIGEST_EXCLUDE, LATER_KEYS, unused_later_keys
 from moco.errors import CheckpointError, ConfigError
 from moco.training import state
 from moco.training.changes import Changes
@@ -99,6 +100,22 @@ def test_other_code_is_said():
 def test_what_changes_no_number_may_differ():
     changes = {"DATA__NUM_WORKERS": 3, "LOG__PERIOD": 7, "KNN__K": 3, "CHECKPOINT__KEEP_LAST": 9}
     assert identity(**changes).check(PATH, extra(identity())) == []
+
+
+def test_a_run_of_before_a_key_goes_on_where_the_key_is_not_used():
+    before = extra(identity())
+    for key in LATER_KEYS:
+        section, name = key.split(".")
+        del before["config"][section][name]
+    assert identity().check(PATH, before) == []
+    used = identity(DATA__SIXTEEN_BIT_RANGE="(0, 4095)")
+    with pytest.raises(CheckpointError, match=r"SIXTEEN_BIT_RANGE \[0, 65535\] -> \[0, 4095\]"):
+        used.check(PATH, before)
+    assert used.config_digest != identity().config_digest
+    config = tiny.config()
+    assert unused_later_keys(config) == tuple(LATER_KEYS)
+    excluded = {*DIGEST_EXCLUDE, *LATER_KEYS}
+    assert identity().config_digest == digest(config, tuple(excluded))
 
 
 def test_another_number_of_processes_names_both_and_the_flag():
