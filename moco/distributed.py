@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from moco.checksum import checksum, checksums
+from moco.child_processes import run_processes
 from moco.errors import DistributedError, MocoError
 from moco.process_group import join_group, rank_variables
 from moco.shuffle import ExchangePlan, exchange_plan
@@ -102,12 +103,6 @@ def _advise_huge_pages(libc: ctypes.CDLL) -> None:
         libc.free(block)
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -145,7 +140,7 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
     args: tuple = (),
-) -> None:
+) -> int:
     """Run `worker(*args)` in `num_processes` processes of this machine, as torchrun would.
 
     Alone (one process in total) it is called directly. The processes get torchrun's variables,
@@ -153,11 +148,12 @@ def launch(
 
     Args:
         dist_url: "auto" (one machine, a free port) or "tcp://HOST:PORT" of machine 0.
+    Returns: the exit status, as `child_processes.run_processes`.
     """
     total = num_processes * num_machines
     if total <= 1:
         worker(*args)
-        return
+        return 0
     if dist_url == "auto":
         if num_machines > 1:
             raise DistributedError(
@@ -166,12 +162,8 @@ def launch(
         host, port = "127.0.0.1", _free_port()
     else:
         host, port = _parse_dist_url(dist_url)
-    torch.multiprocessing.spawn(
-        _spawned,
-        args=(worker, num_processes, total, machine_rank, host, port, args),
-        nprocs=num_processes,
-        join=True,
-    )
+    given = (worker, num_processes, total, machine_rank, host, port, args)
+    return run_processes(_spawned, num_processes, given)
 
 
 def _spawned(local_rank, worker, per_machine, total, machine_rank, host, port, args) -> None:

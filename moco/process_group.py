@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from moco.errors import DistributedError
+from moco.errors import DistributedError, report
 from moco.fresh_store import fresh_store, hello_key
 
 # For all ranks to appear: they import and list their files each at its own pace.
@@ -62,6 +66,34 @@ def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> No
             f"({reason}); check MASTER_ADDR and MASTER_PORT, and that every node runs the same "
             "torchrun command with one and the same --rdzv-endpoint"
         ) from error
+
+
+@contextmanager
+def leaving_group() -> Iterator[None]:
+    """Leave the process group after the block; where the block fails, end this process at once.
+
+    NCCL waits for the other ranks to leave too, and they wait in a collective for this one: a rank
+    that has failed must be seen to end by its launcher, which then ends the others. So the error
+    is printed first, and neither the group nor Python's own exit, which waits for threads, is
+    waited for. Everything inside the block that has to be closed is closed by then. Without a
+    group nothing is done.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        _end_process(report(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _end_process(code: int) -> None:
+    for child in multiprocessing.active_children():  # loader workers, which exit would have ended
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def notes() -> dist.Store | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,6 +21,7 @@ from moco.data.images import find_images  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
 from moco.lost_rank import lost_rank_as_error  # noqa: E402
+from moco.process_group import leaving_group  # noqa: E402
 from moco.training.acceleration import resolve  # noqa: E402
 from moco.training.batch import check_batch  # noqa: E402
 from moco.training.checkpoint import write_text_atomic  # noqa: E402
@@ -85,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     process = distributed.setup_process(args.device, args.collective_timeout)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     lock = RunLock(args.output_dir, say)
-    try:
+    with leaving_group(), ExitStack() as at_end:
+        at_end.callback(lock.release)
         resolved = resolve(cfg, process.device)
         cfg = resolved.cfg
         check_batch(cfg, source, process.world_size)
@@ -129,9 +132,6 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             for observer in observers:
                 observer.close()
-    finally:
-        lock.release()
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from detection.engines.session import (
     save_if_due,
     say,
     stop_if_not_finite,
-    stop_on_sigterm,
+    stop_on_signal,
 )
 from moco import distributed
 from moco.distributed import ProcessInfo
@@ -192,7 +192,7 @@ def train(run: Run, trainer) -> None:
         show=run.progress,
     )
     if trainer.start_iter < run.cfg.SOLVER.MAX_ITER:
-        with stop_on_sigterm() as trainer.stop:
+        with stop_on_signal() as trainer.stop:
             trainer.train()
     # Not within the loop: the state before it is saved, so SIGTERM need not wait for it.
     if trainer.precise_bn is not None:

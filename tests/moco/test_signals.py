@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from moco.training.signals import caught_signals, cut_short
+from moco.signals import caught_signals, cut_short
 
 
 def stop_at(steps):
