@@ -11,7 +11,6 @@ wrong input (one line says which), 143 or 130 stopped by SIGTERM or Ctrl-C with 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -31,7 +30,7 @@ from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError, exit_on_error
-from moco.process_group import leaving_group
+from moco.process_group import is_rank, leaving_group
 from moco.training.run_lock import RunLock
 
 EXIT_FAILED_TRIAL = 1
@@ -104,7 +103,7 @@ def _check_args(args: argparse.Namespace) -> None:
 def _check_parallel(args: argparse.Namespace) -> None:
     if args.trials is None:
         raise ConfigError("--trials-parallel: needs --trials N, the number of trials")
-    if args.num_machines > 1 or "WORLD_SIZE" in os.environ:
+    if args.num_machines > 1 or is_rank():
         raise ConfigError(
             "--trials-parallel: runs on one machine and starts its processes itself; leave out "
             "--num-machines and torchrun"
@@ -187,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     _check_args(args)
     # Read and checked once here, so that a wrong key is one line, not one a process.
     cfg = load_detection_config(args.config_file, args.overrides)
-    if "WORLD_SIZE" in os.environ:  # torchrun started this process
+    if is_rank():  # torchrun or srun started this process
         return run(args, cfg)
     num_processes = max(args.num_gpus, 1)
     if num_processes * args.num_machines == 1 or args.trials_parallel:

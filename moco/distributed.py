@@ -21,7 +21,7 @@ import torch.distributed as dist
 from moco.checksum import checksum, checksums
 from moco.child_processes import run_processes
 from moco.errors import DistributedError, MocoError
-from moco.process_group import join_group, rank_variables
+from moco.process_group import gpu_of, join_group, rank_variables
 from moco.shuffle import ExchangePlan, exchange_plan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -43,7 +43,7 @@ class ProcessInfo:
 
 
 def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInfo:
-    """Join the process group torchrun describes, or run alone.
+    """Join the process group that torchrun or srun describes, or run alone.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
@@ -61,14 +61,16 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
         raise DistributedError("device 'cuda' was asked for, torch sees no GPU; use --device cpu")
     use_cuda = has_cuda and device != "cpu"
     rank, world_size, local_rank = rank_variables()
+    torch_device = torch.device("cpu")
     if use_cuda:
-        if local_rank >= torch.cuda.device_count():
+        gpu = gpu_of(local_rank, torch.cuda.device_count())
+        if gpu is None:
             raise DistributedError(
                 f"rank {rank}: local rank {local_rank} needs {local_rank + 1} GPUs on this "
                 f"machine, torch sees {torch.cuda.device_count()}; lower --nproc-per-node"
             )
-        torch.cuda.set_device(local_rank)
-    torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        torch.cuda.set_device(gpu)
+        torch_device = torch.device("cuda", gpu)
     if not use_cuda:
         _keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():

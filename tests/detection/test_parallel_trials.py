@@ -1,7 +1,6 @@
 """The scheduler of trials side by side, with processes that train nothing."""
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
