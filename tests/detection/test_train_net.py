@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from detection import train_net
 from detection.config import load_detection_config
@@ -156,20 +155,13 @@ def test_engine_that_is_absent_is_one_line_and_auto_takes_the_other(
     assert "engine: embedded (auto: Detectron2 is not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("status, expected", [(2, 2), (143, 143), (-9, 137)])
-def test_status_of_a_child_process_is_passed_on(config, monkeypatch, status, expected):
+def test_status_of_a_child_process_is_passed_on(config, monkeypatch):
     def launch(worker, num_processes, **options):
         assert num_processes == 2
-        raise torch.multiprocessing.ProcessExitedException(
-            "exited", error_index=1, error_pid=1, exit_code=status
-        )
+        return 137
 
-    previous = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(train_net.distributed, "launch", launch)
-    try:
-        assert call(config, "--num-gpus", "2") == expected
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    assert call(config, "--num-gpus", "2") == 137
 
 
 def test_torchrun_decides_the_number_of_processes(config, tmp_path, monkeypatch):
