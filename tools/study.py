@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from moco.data.images import find_images  # noqa: E402
 from moco.errors import ConfigError, exit_on_error  # noqa: E402
 from moco.signals import exit_on_signals  # noqa: E402
@@ -80,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write_costs(args: argparse.Namespace, study: Study, runs: list[PlannedRun]) -> None:
-    import torch
-
     from moco.studies import cost
 
     if not args.batches or min(args.batches) < 1 or args.steps < 1:
@@ -120,7 +120,6 @@ def _runner(args: argparse.Namespace, config_file: str) -> Runner:
         )
     if args.parallel > 1 and args.processes > 1:
         raise ConfigError("--parallel and --processes: give one of them above 1")
-
     def stages(run: PlannedRun, folder: Path) -> Sequence[Stage]:
         return _stages(args, config_file, run, folder)
 
@@ -134,11 +133,7 @@ def _environments(num_slots: int, device: str) -> Sequence[Mapping[str, str]]:
     """Of the commands in each slot: a GPU, or a share of the cores; for a single one all."""
     if num_slots == 1:
         return [os.environ]
-    num_gpus = 0
-    if device != "cpu":
-        import torch
-
-        num_gpus = torch.cuda.device_count()
+    num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
     return slot_environments(num_slots, num_gpus, os.environ)
 
 
@@ -186,10 +181,12 @@ def _detection_stages(args: argparse.Namespace, pretrained: Path, folder: Path) 
     convert = [
         sys.executable, str(ROOT / "tools" / "convert_to_d2.py"), str(pretrained), str(weights),
     ]  # fmt: skip
+    # On a CPU one process with all cores; SyncBN, which most configurations have, runs in no more.
+    is_on_gpu = args.device != "cpu" and torch.cuda.is_available()
     train = [
         sys.executable, str(ROOT / "detection" / "train_net.py"), "--config-file", args.detection,
         "--trials", str(args.trials), "--resume", "--device", args.device,
-        "--num-gpus", str(args.processes), "MODEL.WEIGHTS", str(weights),
+        "--num-gpus", str(args.processes if is_on_gpu else 1), "MODEL.WEIGHTS", str(weights),
         "OUTPUT_DIR", str(folder / "detection"),
     ]  # fmt: skip
 
