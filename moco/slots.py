@@ -141,7 +141,7 @@ class _Running:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_s
             for _, child in self.jobs.values():
-                child.process.terminate()
+                child.tell()
             if self.jobs:
                 self._say(
                     f"{signal.Signals(number).name}: {len(self.jobs)} process(es) were told to "
@@ -198,6 +198,10 @@ class _Child:
         if self._reader is not None:
             self._reader.join(_READER_SECONDS)
         return self.process.returncode, usage.ru_maxrss * 1024
+
+    def tell(self) -> None:
+        # Not Popen.terminate, which would reap a child that has just ended, before `poll` does.
+        os.kill(self.process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """The command and what it has started, which is in the same session."""

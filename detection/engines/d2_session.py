@@ -76,8 +76,9 @@ class CheckedLosses:
 class CheckedMapper:
     """A Detectron2 DatasetMapper whose errors name the file in one line.
 
-    A loader worker that it runs in ignores the first SIGTERM: one that is sent to all processes of
-    a run lets the main process save. The next one, of torch's or Python's, ends the worker.
+    A loader worker that it runs in ignores Ctrl-C and the first SIGTERM: one that is sent to all
+    processes of a run lets the main process save. The next one, of torch's or Python's, ends the
+    worker.
     """
 
     def __init__(self, mapper: Callable[[dict], dict]):
@@ -88,6 +89,7 @@ class CheckedMapper:
         """Raises: DataError."""
         if not self._is_guarded and torch.utils.data.get_worker_info() is not None:
             signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._is_guarded = True
         try:
             return self._mapper(record)

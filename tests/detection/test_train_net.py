@@ -83,13 +83,16 @@ def test_two_trials_by_path(config, tmp_path):
     assert len(out.splitlines()) < 40
 
 
-def test_sigterm_saves_and_resume_finishes(config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_resume_finishes(
+    config, tmp_path, monkeypatch, capsys, number, status
+):
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Progress, "report", lambda *_: os.kill(os.getpid(), number))
         words = ("OUTPUT_DIR", tmp_path, "SOLVER.PROGRESS_PERIOD", "1")
-        assert call(config, *words) == 143
+        assert call(config, *words) == status
     out = capsys.readouterr().out
-    assert "stopped by SIGTERM after iteration 1 of 3" in out and "--resume" in out
+    assert f"stopped by {number.name} after iteration 1 of 3" in out and "--resume" in out
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
     assert not (tmp_path / "result.json").exists()
     assert call(config, *words) == 2  # without --resume it is refused

@@ -37,7 +37,7 @@ MODEL:
   ROI_HEADS: {NAME: Res5ROIHeadsExtraNorm, NUM_CLASSES: 1, BATCH_SIZE_PER_IMAGE: 8}
 INPUT: {MIN_SIZE_TRAIN: [48], MIN_SIZE_TEST: 48}
 DATASETS: {VOC_CLASSES: [circle], TRAIN: [train], TEST: [test]}
-DATALOADER: {NUM_WORKERS: 0}
+DATALOADER: {NUM_WORKERS: 1}
 SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 0.001, MAX_ITER: 50, STEPS: [2], WARMUP_ITERS: 1,
          CHECKPOINT_PERIOD: 1000, PROGRESS_PERIOD: 1}
 TEST: {PRECISE_BN: {ENABLED: False}}
@@ -155,7 +155,8 @@ def lines(path: Path) -> int:
 
 
 def pretraining(images: Path, folder: Path) -> list:
-    changes = {"TRAIN__EPOCHS": STEPS // 4, "CHECKPOINT__PERIOD": 1000, "KNN__PERIOD": 0}
+    changes = {"TRAIN__EPOCHS": STEPS // 4, "CHECKPOINT__PERIOD": 1000, "KNN__PERIOD": 0,
+               "DATA__NUM_WORKERS": 1}  # fmt: skip
     return ["--config-file", ROOT / "configs/pretrain/moco_v2_200ep.yaml", "--data", images,
             "--output-dir", folder, "--device", "cpu", "--resume",
             *tiny.overrides(**changes)]  # fmt: skip
@@ -203,7 +204,7 @@ def test_the_demo(start, images, tmp_path, observed):
     words = [word for run in runs for word in pretraining(images, run)]
     tool = start(demo_run, *words)
     tool.wait_until(lambda: all(lines(run / "log.jsonl") > 3 for run in runs))
-    assert len(tool.left()) == 2
+    assert len(tool.left()) >= 2
     code = tool.told(signal.SIGTERM)
     good = [code == 143, tool.left() == [], *map(is_saved, runs)]
     assert "demo: stopped by SIGTERM; start the demo again" in tool.log.read_text()
