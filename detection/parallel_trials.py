@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -29,34 +26,19 @@ from detection.engines.progress import METRICS_FILE
 from detection.run_folder import RESULT_FILE
 from detection.trial_results import outcome_in_words
 from detection.trials import Job, close_trials, failed_result, open_trials
-from moco import distributed
+from moco import distributed, slots
 from moco.distributed import ProcessInfo
 from moco.errors import MocoError
 from moco.training.checkpoint import read_json
 
 LOG_FILE = "log.txt"
-_POLL_SECONDS = 0.5
 _QUIET_SECONDS = 60.0  # between progress lines that are not on a terminal
 _TAIL_BYTES = 4096  # of metrics.json; the last record is shorter
-_STOPPED = (TrainingStopped.exit_code, -signal.SIGTERM)
+_STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 class TrialProcessError(MocoError):
     """The process of a trial ended without a result."""
-
-
-@dataclass
-class _Child:
-    trial: int
-    slot: int
-    process: subprocess.Popen
-    log: Path
-    told_to_stop: bool = False
-
-
-@dataclass
-class _Stop:
-    signal: int | None = None
 
 
 def parent_process(device: str) -> ProcessInfo:
@@ -82,116 +64,80 @@ def run_trials_side_by_side(
     trials = open_trials(job, num_trials)
     to_do = [k for k, result in enumerate(trials) if result is None]
     num_slots = max(1, min(num_slots, len(to_do)))
-    environments = slot_environments(num_slots, job.process.device.type, os.environ)
     progress = _Progress(job, num_trials)
-    children: list[_Child] = []
     if to_do:
         progress.say(f"{len(to_do)} trial(s) to do, {num_slots} side by side")
-    with _noting_signals() as stop:
-        while children or (to_do and not stop.signal):
-            free = sorted(set(range(num_slots)) - {child.slot for child in children})
-            for slot in free[: len(to_do)] if not stop.signal else ():
-                k = to_do.pop(0)
-                child, line = _start(job, k, slot, command(k), environments[slot])
-                children.append(child)
-                progress.say(line)
-            time.sleep(_POLL_SECONDS)
-            if stop.signal:
-                _tell_to_stop(children)
-            for child in [c for c in children if c.process.poll() is not None]:
-                children.remove(child)
-                result = trials[child.trial] = _result_of(job, child, stopping=bool(stop.signal))
-                progress.say(
-                    outcome_in_words(child.trial, result)
-                    if result
-                    else f"trial {child.trial}: stopped"
-                )
-            num_done = sum(result is not None for result in trials)
-            progress.show(num_done, [child.trial for child in children], len(to_do))
+    side_by_side = _SideBySide(job, trials, command, num_slots, progress)
+    stopped_by = slots.run_jobs(
+        [partial(side_by_side.trial, k) for k in to_do], num_slots,
+        watch=side_by_side.show, say=progress.say,
+    )  # fmt: skip
     progress.clear()
-    if stop.signal:
-        raise _stopped(stop.signal)
+    if stopped_by is not None:
+        raise TrainingStopped(
+            f"stopped by {signal.Signals(stopped_by).name}, trials that were training have saved "
+            "their state; start the same command again to continue them",
+            stopped_by,
+        )
     return close_trials(job, trials)
 
 
-def slot_environments(
-    num_slots: int, device_type: str, environment: Mapping[str, str]
-) -> list[dict[str, str]]:
-    """The environment of the processes of each slot.
+class _SideBySide:
+    """The trials as jobs, and how far they are.
 
-    On GPUs a process sees one of the visible ones only; on a CPU it gets its share of the cores,
-    unless OMP_NUM_THREADS is set already.
+    Args:
+        trials: trial -> its result, None where there is none; results are put there.
     """
-    if device_type == "cuda":
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(n) for n in range(num_slots)]
-        return [{**environment, "CUDA_VISIBLE_DEVICES": gpus[s]} for s in range(num_slots)]
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    threads = max(1, num_cores // num_slots)
-    return [{"OMP_NUM_THREADS": str(threads), **environment} for _ in range(num_slots)]
+
+    def __init__(self, job: Job, trials: list[dict | None], command, num_slots: int, progress):
+        self._job, self._trials, self._command, self._progress = job, trials, command, progress
+        self._running: list[int] = []
+        self._num_waiting = sum(result is None for result in trials)
+        self._is_on_gpu = job.process.device.type == "cuda"
+        num_gpus = torch.cuda.device_count() if self._is_on_gpu else 0
+        self._environments = slots.slot_environments(num_slots, num_gpus, os.environ)
+
+    def trial(self, k: int, slot: int) -> slots.Job:
+        run, environment = self._job.trial(k), self._environments[slot]
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        # The failure of an earlier session must not be taken for what this one ends with.
+        (run.output_dir / RESULT_FILE).unlink(missing_ok=True)
+        log = run.output_dir / LOG_FILE
+        if self._is_on_gpu:
+            where = f"GPU {environment['CUDA_VISIBLE_DEVICES']}"
+        else:
+            where = f"{environment['OMP_NUM_THREADS']} thread(s)"
+        self._progress.say(f"trial {k}: seed {run.seed}, {where}, lines in {log}")
+        self._running.append(k)
+        self._num_waiting -= 1
+        ended = yield slots.Command(self._command(k), log, environment)
+        self._running.remove(k)
+        result = self._trials[k] = _result_of(self._job, k, log, ended)
+        self._progress.say(outcome_in_words(k, result) if result else f"trial {k}: stopped")
+
+    def show(self) -> None:
+        num_done = sum(result is not None for result in self._trials)
+        self._progress.show(num_done, self._running, self._num_waiting)
 
 
-def _start(
-    job: Job, k: int, slot: int, command: list[str], environment: dict[str, str]
-) -> tuple[_Child, str]:
-    """Start the process of trial k; returns it and the line that says so."""
-    run = job.trial(k)
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    # The failure of an earlier session must not be taken for what this one ends with.
-    (run.output_dir / RESULT_FILE).unlink(missing_ok=True)
-    log = run.output_dir / LOG_FILE
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-        file.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    if run.process.device.type == "cuda":
-        where = f"GPU {environment['CUDA_VISIBLE_DEVICES']}"
-    else:
-        where = f"{environment['OMP_NUM_THREADS']} thread(s)"
-    return _Child(k, slot, process, log), f"trial {k}: seed {run.seed}, {where}, lines in {log}"
-
-
-def _tell_to_stop(children: Sequence[_Child]) -> None:
-    for child in children:
-        if not child.told_to_stop:  # a second SIGTERM would end it while it saves
-            child.process.terminate()
-            child.told_to_stop = True
-
-
-def _stopped(number: int) -> TrainingStopped:
-    error = TrainingStopped(
-        f"stopped by {_signal_name(number)}, trials that were training have saved their state; "
-        "start the same command again to continue them"
-    )
-    error.exit_code = 128 + number
-    return error
-
-
-def _result_of(job: Job, child: _Child, *, stopping: bool) -> dict | None:
+def _result_of(job: Job, k: int, log: Path, ended: slots.Ended) -> dict | None:
     """What the process wrote or, where it wrote nothing, a failure that says what is known.
 
     None for a process that ended because all were told to stop: it can be continued.
     """
-    run, status = job.trial(child.trial), child.process.returncode
+    run = job.trial(k)
     path = run.output_dir / RESULT_FILE
     if path.is_file():
         return read_json(path)
-    if stopping:
+    if ended.stopping:
         return None
-    if status in _STOPPED:
+    if ended.code in _STOPPED:
         reason = "was stopped by SIGTERM; start the same command again to continue it"
-    elif status < 0:
-        reason = f"was ended by {_signal_name(-status)}"
+    elif ended.code < 0:
+        reason = f"was ended by {_signal_name(-ended.code)}"
     else:
-        reason = f"ended with status {status}: {_last_line(child.log)}"
-    return failed_result(job, run, TrialProcessError(f"its process {reason} (see {child.log})"))
+        reason = f"ended with status {ended.code}: {_last_line(log)}"
+    return failed_result(job, run, TrialProcessError(f"its process {reason} (see {log})"))
 
 
 def _signal_name(number: int) -> str:
@@ -204,23 +150,6 @@ def _signal_name(number: int) -> str:
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ")  # the first line is the command
-
-
-@contextmanager
-def _noting_signals() -> Iterator[_Stop]:
-    """SIGTERM, Ctrl-C and a closed terminal set a flag instead of ending this process."""
-    stop = _Stop()
-
-    def note(signum, frame) -> None:
-        stop.signal = signum
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    previous = [signal.signal(number, note) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
 
 
 class _Progress:

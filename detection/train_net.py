@@ -5,16 +5,14 @@
 
 Flags are Detectron2's, plus --trials, --trials-parallel, --engine and --device. torchrun works
 too; it then decides the number of processes. Exit status: 0 all finished, 1 a trial failed, 2 a
-wrong input (one line says which), 143 stopped by SIGTERM with the state saved.
+wrong input (one line says which), 143 or 130 stopped by SIGTERM or Ctrl-C with the state saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import signal
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +28,9 @@ from detection.engines.base import TrainingStopped
 from detection.engines.select import CHOICES, select_engine
 from moco import distributed
 from moco.cfgnode import CfgNode
+from moco.distributed import ProcessInfo
 from moco.errors import ConfigError, exit_on_error
+from moco.process_group import is_rank, leaving_group
 from moco.training.run_lock import RunLock
 
 EXIT_FAILED_TRIAL = 1
@@ -103,7 +103,7 @@ def _check_args(args: argparse.Namespace) -> None:
 def _check_parallel(args: argparse.Namespace) -> None:
     if args.trials is None:
         raise ConfigError("--trials-parallel: needs --trials N, the number of trials")
-    if args.num_machines > 1 or "WORLD_SIZE" in os.environ:
+    if args.num_machines > 1 or is_rank():
         raise ConfigError(
             "--trials-parallel: runs on one machine and starts its processes itself; leave out "
             "--num-machines and torchrun"
@@ -127,35 +127,39 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> int:
     set_up = parallel_trials.parent_process if args.trials_parallel else distributed.setup_process
     process = set_up(device)
     lock = RunLock(_locked_folder(args, cfg), setting="OUTPUT_DIR")
-    try:
+    with leaving_group(), ExitStack() as at_end:
+        at_end.callback(lock.release)
         if process.is_main and not args.eval_only:
             lock.acquire()
-        engine, why = select_engine(args.engine, cfg, process.device.type)
-        job = trials.prepare(cfg, engine, why, process, eval_only=args.eval_only)
-        if args.eval_only:
-            trials.evaluate_only(job)
-        elif args.only_trial is not None:
-            result = trials.run_only_trial(job, args.only_trial)
-            return 0 if result["status"] == "finished" else EXIT_FAILED_TRIAL
-        elif args.trials_parallel:
-            command = partial(_command_of_trial, args, engine.name, device)
-            results = parallel_trials.run_trials_side_by_side(
-                job, args.trials, command, args.num_gpus
-            )
-            return EXIT_FAILED_TRIAL if results["num_failed"] else 0
-        elif args.trials is not None:
-            results = trials.run_trials(job, args.trials)
-            return EXIT_FAILED_TRIAL if results["num_failed"] else 0
-        else:
-            trials.run_single(job, resume=args.resume)
+        try:
+            return _train_or_score(args, cfg, process, device)
+        except TrainingStopped as stopped:
+            if process.is_main:
+                print(stopped, flush=True)
+            return stopped.exit_code
+
+
+def _train_or_score(
+    args: argparse.Namespace, cfg: CfgNode, process: ProcessInfo, device: str
+) -> int:
+    """What the flags ask for; returns the exit status. Raises: TrainingStopped."""
+    engine, why = select_engine(args.engine, cfg, process.device.type)
+    job = trials.prepare(cfg, engine, why, process, eval_only=args.eval_only)
+    if args.eval_only:
+        trials.evaluate_only(job)
         return 0
-    except TrainingStopped as stopped:
-        if process.is_main:
-            print(stopped, flush=True)
-        return stopped.exit_code
-    finally:
-        lock.release()
-        distributed.shutdown()
+    if args.only_trial is not None:
+        result = trials.run_only_trial(job, args.only_trial)
+        return 0 if result["status"] == "finished" else EXIT_FAILED_TRIAL
+    if args.trials is None:
+        trials.run_single(job, resume=args.resume)
+        return 0
+    if args.trials_parallel:
+        command = partial(_command_of_trial, args, engine.name, device)
+        results = parallel_trials.run_trials_side_by_side(job, args.trials, command, args.num_gpus)
+    else:
+        results = trials.run_trials(job, args.trials)
+    return EXIT_FAILED_TRIAL if results["num_failed"] else 0
 
 
 def _locked_folder(args: argparse.Namespace, cfg: CfgNode) -> Path:
@@ -182,35 +186,22 @@ def main(argv: list[str] | None = None) -> int:
     _check_args(args)
     # Read and checked once here, so that a wrong key is one line, not one a process.
     cfg = load_detection_config(args.config_file, args.overrides)
-    if "WORLD_SIZE" in os.environ:  # torchrun started this process
+    if is_rank():  # torchrun or srun started this process
         return run(args, cfg)
     num_processes = max(args.num_gpus, 1)
-    if args.only_trial is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to pass on
     if num_processes * args.num_machines == 1 or args.trials_parallel:
         return run(args, cfg)
     if not args.eval_only:
         is_cpu = _device(args, cfg) == "cpu" or not torch.cuda.is_available()
         check_processes(cfg, num_processes * args.num_machines, "cpu" if is_cpu else "cuda")
-    signal.signal(signal.SIGTERM, _pass_on)
-    try:
-        distributed.launch(
-            _worker,
-            num_processes,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, cfg),
-        )
-    except torch.multiprocessing.ProcessExitedException as error:
-        # The process has said why; a negative status is the signal that ended it.
-        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
-    return 0
-
-
-def _pass_on(signum, frame) -> None:
-    for child in multiprocessing.active_children():
-        child.terminate()
+    return distributed.launch(
+        _worker,
+        num_processes,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, cfg),
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from moco.checksum import checksum, checksums
+from moco.child_processes import run_processes
 from moco.errors import DistributedError, MocoError
-from moco.process_group import join_group, rank_variables
+from moco.process_group import gpu_of, join_group, rank_variables
 from moco.shuffle import ExchangePlan, exchange_plan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -42,7 +43,7 @@ class ProcessInfo:
 
 
 def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInfo:
-    """Join the process group torchrun describes, or run alone.
+    """Join the process group that torchrun or srun describes, or run alone.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
@@ -60,14 +61,16 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
         raise DistributedError("device 'cuda' was asked for, torch sees no GPU; use --device cpu")
     use_cuda = has_cuda and device != "cpu"
     rank, world_size, local_rank = rank_variables()
+    torch_device = torch.device("cpu")
     if use_cuda:
-        if local_rank >= torch.cuda.device_count():
+        gpu = gpu_of(local_rank, torch.cuda.device_count())
+        if gpu is None:
             raise DistributedError(
                 f"rank {rank}: local rank {local_rank} needs {local_rank + 1} GPUs on this "
                 f"machine, torch sees {torch.cuda.device_count()}; lower --nproc-per-node"
             )
-        torch.cuda.set_device(local_rank)
-    torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        torch.cuda.set_device(gpu)
+        torch_device = torch.device("cuda", gpu)
     if not use_cuda:
         _keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
@@ -100,12 +103,6 @@ def _advise_huge_pages(libc: ctypes.CDLL) -> None:
         libc.madvise(begin, (block + _HEAP_STEP - begin) // _PAGE * _PAGE, _MADV_HUGEPAGE)
     for block in reversed(blocks):  # back to the top of the heap, from which all else is taken
         libc.free(block)
-
-
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -145,7 +142,7 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
     args: tuple = (),
-) -> None:
+) -> int:
     """Run `worker(*args)` in `num_processes` processes of this machine, as torchrun would.
 
     Alone (one process in total) it is called directly. The processes get torchrun's variables,
@@ -153,11 +150,12 @@ def launch(
 
     Args:
         dist_url: "auto" (one machine, a free port) or "tcp://HOST:PORT" of machine 0.
+    Returns: the exit status, as `child_processes.run_processes`.
     """
     total = num_processes * num_machines
     if total <= 1:
         worker(*args)
-        return
+        return 0
     if dist_url == "auto":
         if num_machines > 1:
             raise DistributedError(
@@ -166,12 +164,8 @@ def launch(
         host, port = "127.0.0.1", _free_port()
     else:
         host, port = _parse_dist_url(dist_url)
-    torch.multiprocessing.spawn(
-        _spawned,
-        args=(worker, num_processes, total, machine_rank, host, port, args),
-        nprocs=num_processes,
-        join=True,
-    )
+    given = (worker, num_processes, total, machine_rank, host, port, args)
+    return run_processes(_spawned, num_processes, given)
 
 
 def _spawned(local_rank, worker, per_machine, total, machine_rank, host, port, args) -> None:

@@ -10,7 +10,9 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 EXIT_USER_ERROR = 2
@@ -46,6 +48,18 @@ class DistributedError(MocoError):
 
 class NonFiniteError(MocoError):
     """Training produced NaN or Inf; nothing was updated with it."""
+
+
+class Stopped(MocoError):
+    """A signal asked the work to stop; what was done is saved, and the message says how to go on.
+
+    Attributes:
+        exit_code: 128 + the signal's number, what a shell reports for a process ended by it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 def _one_line(message: str) -> str:
@@ -101,11 +115,30 @@ def exit_on_error(main: Callable[..., int | None]) -> Callable[..., None]:
     def wrapper(*args, **kwargs) -> None:
         try:
             code = main(*args, **kwargs)
-        except MocoError as error:
+        except (MocoError, KeyboardInterrupt) as error:
             if os.environ.get("MOCO_TRACEBACK") == "1":
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = EXIT_USER_ERROR
+            code = report(error)
         sys.exit(code or 0)
 
     return wrapper
+
+
+def report(error: BaseException) -> int:
+    """Print what ends a command line. Returns: its exit status."""
+    if isinstance(error, Stopped):
+        print(error, flush=True)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    if isinstance(error, MocoError) and os.environ.get("MOCO_TRACEBACK") != "1":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    return 1

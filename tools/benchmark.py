@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moco.errors import exit_on_error  # noqa: E402
+from moco.signals import exit_on_signals  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -252,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
-    args.run(args)
+    with exit_on_signals():
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
+import signal
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from detection.data.shapes import make_shapes_dataset  # noqa: E402
 from detection.report import confidence_interval_of_difference  # noqa: E402
-from moco.errors import MocoError, exit_on_error  # noqa: E402
+from moco.errors import MocoError, Stopped, exit_on_error  # noqa: E402
+from moco.slots import Command, Job, run_jobs, slot_environments  # noqa: E402
 from moco.training.checkpoint import read_json, write_text_atomic  # noqa: E402
 from moco.training.progress import format_duration  # noqa: E402
 
@@ -89,38 +90,36 @@ def main(argv: list[str] | None = None) -> int:
 def run(*steps: list) -> None:
     """Run command lines of the project side by side, sharing the cores; print what they print.
 
-    Raises: MocoError where one of them fails.
+    Raises: MocoError where one of them fails; Stopped after a signal, once all have saved.
     """
-    environment = dict(os.environ)
+    environments = [os.environ]
     if len(steps) > 1:  # on a CPU two processes of half the threads are faster than one after one
-        threads = max(1, len(os.sched_getaffinity(0)) // len(steps))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-    running = []
-    for number, step in enumerate(steps, 1):
+        environments = slot_environments(len(steps), 0, os.environ)
+    codes = {}
+
+    def job(step: list, slot: int) -> Job:
         script, *arguments = map(str, step)
-        prefix = f"[{number}] " if len(steps) > 1 else ""
+        prefix = f"[{slot + 1}] " if len(steps) > 1 else ""
         print(f"\n{prefix}$ python {shlex.join([script, *arguments])}", flush=True)
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(ROOT / script), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )  # fmt: skip
-        reader = threading.Thread(target=_echo, args=(process.stdout, prefix))
-        reader.start()
-        running.append((script, process, reader))
-    for _, process, reader in running:
-        process.wait()
-        reader.join()
-    for script, process, _ in running:
-        if process.returncode:
+        command = [sys.executable, "-W", "ignore", str(ROOT / script), *arguments]
+        ended = yield Command(
+            command, lambda line: print(f"{prefix}{line}", end="", flush=True), environments[slot]
+        )
+        codes[script] = codes.get(script) or ended.code
+
+    stopped_by = run_jobs([partial(job, step) for step in steps], len(steps), say=_say)
+    again = "start the demo again to go on from there"
+    if stopped_by is not None:
+        raise Stopped(f"demo: stopped by {signal.Signals(stopped_by).name}; {again}", stopped_by)
+    for script, code in codes.items():
+        if code:
             raise MocoError(
-                f"demo: {script} ended with status {process.returncode} (its lines are above); "
-                "start the demo again to go on from there"
+                f"demo: {script} ended with status {code} (its lines are above); {again}"
             )
 
 
-def _echo(lines, prefix: str) -> None:
-    for line in lines:
-        print(f"{prefix}{line}", end="", flush=True)
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def comparison(results: dict[str, dict]) -> str:

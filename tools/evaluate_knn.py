@@ -22,6 +22,7 @@ from moco import distributed  # noqa: E402
 from moco.data import workers  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.knn_evaluation import KnnSettings, evaluate_knn  # noqa: E402
+from moco.process_group import leaving_group  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     process = distributed.setup_process(args.device)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
-    try:
+    with leaving_group():
         with dead_worker_as_data_error("--num-workers", workers.doing):
             results = evaluate_knn(
                 settings,
@@ -84,8 +85,6 @@ def main(argv: list[str] | None = None) -> int:
             )
         for row in results["sweep"]:
             say(f"k {row['k']:>5}  temperature {row['temperature']:<6g}  top-1 {row['top1']:.2f}")
-    finally:
-        distributed.shutdown()
     return 0
 
 

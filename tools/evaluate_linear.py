@@ -24,6 +24,7 @@ from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.cached import evaluate_cached  # noqa: E402
 from moco.evaluation.config import load_linear_config  # noqa: E402
 from moco.evaluation.linear import EvaluationStopped, evaluate_linear  # noqa: E402
+from moco.process_group import leaving_group  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,22 +73,21 @@ def main(argv: list[str] | None = None) -> int:
     process = distributed.setup_process(args.device)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     evaluate = evaluate_cached if args.cached_features else evaluate_linear
-    try:
-        evaluate(
-            cfg,
-            args.weights,
-            args.data,
-            args.output_dir,
-            process,
-            test_dir=args.test_data,
-            resume=args.resume,
-            say=say,
-        )
-    except EvaluationStopped as stop:
-        say(str(stop))
-        return stop.code
-    finally:
-        distributed.shutdown()
+    with leaving_group():
+        try:
+            evaluate(
+                cfg,
+                args.weights,
+                args.data,
+                args.output_dir,
+                process,
+                test_dir=args.test_data,
+                resume=args.resume,
+                say=say,
+            )
+        except EvaluationStopped as stop:
+            say(str(stop))
+            return stop.code
     return 0
 
 

@@ -28,6 +28,7 @@ from moco.data.images import ImageSource  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.svm import COSTS, require_scikit_learn  # noqa: E402
 from moco.evaluation.svm_evaluation import SvmSettings, evaluate_svm  # noqa: E402
+from moco.signals import exit_on_signals  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = SvmSettings(tuple(args.costs), args.grid, args.size, args.seed)
     train, test = (read_split(root, s, classes) for s in (args.train_split, args.test_split))
     process = distributed.setup_process(args.device)
-    with dead_worker_as_data_error("--num-workers", workers.doing):
+    with exit_on_signals(), dead_worker_as_data_error("--num-workers", workers.doing):
         evaluate_svm(
             settings,
             args.weights,

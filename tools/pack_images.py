@@ -38,6 +38,7 @@ from moco.data.shard_writer import (  # noqa: E402
 )
 from moco.data.shards import open_pack  # noqa: E402
 from moco.errors import ConfigError, DataError, exit_on_error  # noqa: E402
+from moco.signals import exit_on_signals  # noqa: E402
 
 _QUIET_SECONDS = 60.0  # between lines when the output is not a terminal
 
@@ -104,6 +105,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     _check(args)
+    with exit_on_signals():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.index_only is not None:
         return _index_only(args)
     if args.verify is not None:

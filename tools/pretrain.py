@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +23,7 @@ from moco.data.sixteen_bit import look_at_sixteen_bits  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
 from moco.lost_rank import lost_rank_as_error  # noqa: E402
+from moco.process_group import leaving_group  # noqa: E402
 from moco.training.acceleration import resolve  # noqa: E402
 from moco.training.batch import check_batch  # noqa: E402
 from moco.training.checkpoint import write_text_atomic  # noqa: E402
@@ -87,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     process = distributed.setup_process(args.device, args.collective_timeout)
     say = (lambda line: print(line, flush=True)) if process.is_main else (lambda line: None)
     lock = RunLock(args.output_dir, say)
-    try:
+    with leaving_group(), ExitStack() as at_end:
+        at_end.callback(lock.release)
         resolved = resolve(cfg, process.device)
         cfg = resolved.cfg
         check_batch(cfg, source, process.world_size)
@@ -115,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(source)} images of {source.root}{left_out_in_words(source)}; "
             f"{process.world_size} process(es) on {process.device.type}"
         )
-        with lost_rank_as_error(lambda: "before training"):
-            evaluate = build_knn_monitor(cfg, args.data, source, process, say)
-        observers = []
+        evaluate, observers = build_knn_monitor(cfg, args.data, source, process, say), []
         if process.is_main:
             for line in look_at_sixteen_bits(source):
                 say(line)
@@ -134,9 +135,6 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             for observer in observers:
                 observer.close()
-    finally:
-        lock.release()
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

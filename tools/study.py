@@ -21,14 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from moco.data.images import find_images  # noqa: E402
 from moco.errors import ConfigError, exit_on_error  # noqa: E402
+from moco.signals import exit_on_signals  # noqa: E402
+from moco.slots import slot_environments  # noqa: E402
 from moco.studies import table  # noqa: E402
 from moco.studies.plan import PlannedRun, Study, load_study, plan_runs  # noqa: E402
-from moco.studies.run import Runner, Stage, StudyStopped, read_pretraining  # noqa: E402
+from moco.studies.run import Runner, Stage, read_pretraining  # noqa: E402
 from moco.training.checkpoint import read_json, write_json_atomic, write_text_atomic  # noqa: E402
-
-EXIT_STOPPED = 143  # 128 + SIGTERM, as tools/pretrain.py
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--detection", metavar="FILE", help="fine-tune detectors too, by this YAML")
     parser.add_argument("--trials", type=int, default=5, help="of --detection")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--processes", type=int, default=1, help="of each run (torchrun)")
+    parser.add_argument("--processes", type=int, default=1, help="of each stage (torchrun)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once")
     what.add_argument("--index", type=int, metavar="I", help="only run number I of --list")
@@ -68,23 +70,18 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{number}: {run.row}, seed {run.seed}: {' '.join(run.overrides)}")
         return 0
     if args.cost:
-        _write_costs(args, study, runs)
+        with exit_on_signals():
+            _write_costs(args, study, runs)
         return 0
     errors: list[str] = []
     if not args.table:
-        try:
-            errors = _runner(args, study.config_file).run_all(_chosen(runs, args.index))
-        except StudyStopped as stopped:
-            print(stopped, flush=True)
-            return EXIT_STOPPED
+        errors = _runner(args, study.config_file).run_all(_chosen(runs, args.index))
     content = table.collect(study, runs, args.output_dir)
     print(table.write(content, study.published_columns, args.output_dir))
     return 1 if errors else 0
 
 
 def _write_costs(args: argparse.Namespace, study: Study, runs: list[PlannedRun]) -> None:
-    import torch
-
     from moco.studies import cost
 
     if not args.batches or min(args.batches) < 1 or args.steps < 1:
@@ -123,45 +120,29 @@ def _runner(args: argparse.Namespace, config_file: str) -> Runner:
         )
     if args.parallel > 1 and args.processes > 1:
         raise ConfigError("--parallel and --processes: give one of them above 1")
-
     def stages(run: PlannedRun, folder: Path) -> Sequence[Stage]:
         return _stages(args, config_file, run, folder)
 
-    def environment(slot: int) -> Mapping[str, str]:
-        return _share_of_machine(slot, args.parallel, args.device)
-
     return Runner(
-        args.output_dir, stages, num_slots=args.parallel, environment=environment,
+        args.output_dir, stages, environments=_environments(args.parallel, args.device),
         say=lambda line: print(line, flush=True),
     )  # fmt: skip
 
 
-def _share_of_machine(slot: int, num_slots: int, device: str) -> Mapping[str, str]:
-    """A GPU for each slot, or its share of the cores."""
+def _environments(num_slots: int, device: str) -> Sequence[Mapping[str, str]]:
+    """Of the commands in each slot: a GPU, or a share of the cores; for a single one all."""
     if num_slots == 1:
-        return {}
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device != "cpu":
-        import torch
-
-        count = torch.cuda.device_count()
-        if count:
-            visible = gpus.split(",") if gpus else [str(i) for i in range(count)]
-            return {"CUDA_VISIBLE_DEVICES": visible[slot % count]}
-    threads = max(1, (os.cpu_count() or 1) // num_slots)
-    return {"OMP_NUM_THREADS": str(threads)}
+        return [os.environ]
+    num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return slot_environments(num_slots, num_gpus, os.environ)
 
 
 def _stages(
     args: argparse.Namespace, config_file: str, run: PlannedRun, folder: Path
 ) -> list[Stage]:
     pretrained = folder / "pretrain"
-    python = [sys.executable]
-    if args.processes > 1:
-        python = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        python += ["--nproc-per-node", str(args.processes)]
     command = [
-        *python, str(ROOT / "tools" / "pretrain.py"), "--config-file", config_file,
+        *_python(args), str(ROOT / "tools" / "pretrain.py"), "--config-file", config_file,
         "--data", args.data, "--output-dir", str(pretrained), "--device", args.device,
         "--resume", *run.overrides,
     ]  # fmt: skip
@@ -173,9 +154,17 @@ def _stages(
     return stages
 
 
+def _python(args: argparse.Namespace) -> list[str]:
+    """The beginning of a command that runs in --processes processes."""
+    if args.processes == 1:
+        return [sys.executable]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launch, "--nproc-per-node", str(args.processes)]
+
+
 def _linear_stage(args: argparse.Namespace, pretrained: Path, output: Path) -> Stage:
     command = [
-        sys.executable, str(ROOT / "tools" / "evaluate_linear.py"), "--config-file", args.linear,
+        *_python(args), str(ROOT / "tools" / "evaluate_linear.py"), "--config-file", args.linear,
         "--weights", str(pretrained), "--data", args.data, "--output-dir", str(output),
         "--device", args.device, "--resume",
     ]  # fmt: skip
@@ -192,9 +181,12 @@ def _detection_stages(args: argparse.Namespace, pretrained: Path, folder: Path) 
     convert = [
         sys.executable, str(ROOT / "tools" / "convert_to_d2.py"), str(pretrained), str(weights),
     ]  # fmt: skip
+    # On a CPU one process with all cores; SyncBN, which most configurations have, runs in no more.
+    is_on_gpu = args.device != "cpu" and torch.cuda.is_available()
     train = [
         sys.executable, str(ROOT / "detection" / "train_net.py"), "--config-file", args.detection,
-        "--trials", str(args.trials), "--resume", "MODEL.WEIGHTS", str(weights),
+        "--trials", str(args.trials), "--resume", "--device", args.device,
+        "--num-gpus", str(args.processes if is_on_gpu else 1), "MODEL.WEIGHTS", str(weights),
         "OUTPUT_DIR", str(folder / "detection"),
     ]  # fmt: skip
 

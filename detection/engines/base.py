@@ -6,6 +6,7 @@ checks, trials, scoring and reports are the same for every engine and live outsi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,12 @@ class Engine(Protocol):
 
 
 class TrainingStopped(Exception):
-    """SIGTERM arrived; the state is saved and the message says how to go on."""
+    """A signal arrived; the state is saved and the message says how to go on.
 
-    exit_code = 143  # 128 + SIGTERM, what a shell reports for a process ended by it
+    Attributes:
+        exit_code: 128 + the signal's number, what a shell reports for a process ended by it.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -28,7 +28,7 @@ from detection.engines.session import (
     save_if_due,
     say,
     stop_if_not_finite,
-    stop_on_sigterm,
+    stop_on_signal,
 )
 from moco import distributed
 from moco.data.rgb import raise_pillows_limit
@@ -79,8 +79,9 @@ class CheckedLosses:
 class CheckedMapper:
     """A Detectron2 DatasetMapper whose errors name the file in one line.
 
-    A loader worker that it runs in ignores the first SIGTERM: one that is sent to all processes of
-    a run lets the main process save. The next one, of torch's or Python's, ends the worker.
+    A loader worker that it runs in ignores Ctrl-C and the first SIGTERM: one that is sent to all
+    processes of a run lets the main process save. The next one, of torch's or Python's, ends the
+    worker.
 
     Args:
         max_pixels: INPUT.MAX_IMAGE_PIXELS.
@@ -94,6 +95,7 @@ class CheckedMapper:
         """Raises: DataError."""
         if not self._is_guarded and torch.utils.data.get_worker_info() is not None:
             signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._is_guarded = True
         raise_pillows_limit(self._max_pixels)
         try:
@@ -199,7 +201,7 @@ def train(run: Run, trainer) -> None:
         show=run.progress,
     )
     if trainer.start_iter < run.cfg.SOLVER.MAX_ITER:
-        with stop_on_sigterm() as trainer.stop:
+        with stop_on_signal() as trainer.stop:
             trainer.train()
     # Not within the loop: the state before it is saved, so SIGTERM need not wait for it.
     if trainer.precise_bn is not None:

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError, ConfigError, NonFiniteError
+from moco.signals import caught_signals
 
 
 def torch_versions() -> dict[str, str]:
@@ -75,25 +76,21 @@ def state_to_resume(run: Run) -> Path | None:
 
 @dataclass
 class StopFlag:
-    requested: bool = False
+    received: list[int] = field(default_factory=list)  # numbers of signals
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.received)
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopFlag]:
-    """SIGTERM sets the flag instead of ending the process (in the main thread only)."""
-    flag = StopFlag()
+def stop_on_signal() -> Iterator[StopFlag]:
+    """SIGTERM and Ctrl-C set the flag instead of ending the process (in the main thread only)."""
     if threading.current_thread() is not threading.main_thread():
-        yield flag
+        yield StopFlag()
         return
-
-    def request(signum, frame) -> None:
-        flag.requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with caught_signals() as received:
+        yield StopFlag(received)
 
 
 def save_if_due(run: Run, iteration: int, stop: StopFlag, save: Callable[[Path], None]) -> None:
@@ -112,9 +109,13 @@ def save_if_due(run: Run, iteration: int, stop: StopFlag, save: Callable[[Path],
         save(path)
         distributed.barrier()
     if stopping:
+        # Another rank may have received it.
+        number = stop.received[0] if stop.requested else signal.SIGTERM
         raise TrainingStopped(
-            f"stopped by SIGTERM after iteration {num_done} of {solver.MAX_ITER}, saved in "
-            f"{path}; start the same command with --resume to continue there"
+            f"stopped by {signal.Signals(number).name} after iteration {num_done} of "
+            f"{solver.MAX_ITER}, saved in {path}; start the same command with --resume to "
+            "continue there",
+            number,
         )
 
 

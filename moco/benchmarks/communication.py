@@ -20,6 +20,7 @@ import torch.distributed as dist
 from moco.benchmarks.record import write_results
 from moco.benchmarks.traffic import CountedTraffic, socket_bytes
 from moco.cfgnode import CfgNode
+from moco.child_processes import run_processes
 from moco.config import load_pretrain_config
 from moco.distributed import (
     ProcessInfo,
@@ -32,6 +33,7 @@ from moco.distributed import (
 )
 from moco.errors import ConfigError
 from moco.methods import moco
+from moco.process_group import leaving_group
 from moco.seeding import torch_generator
 from moco.shuffle import exchange_plan
 from moco.training.checkpoint import read_json, write_json_atomic
@@ -226,19 +228,17 @@ def _worker(number: int, num_processes: int, folder: str, options: Options) -> N
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=num_processes
     )
-    try:
+    with leaving_group():
         found = {name: asdict(measure(options, variant)) for name, variant in VARIANTS.items()}
         write_json_atomic(Path(folder) / f"{number}.json", found)
-    finally:
-        dist.destroy_process_group()
 
 
 def measure_in_processes(num_processes: int, options: Options) -> list[dict[str, dict]]:
     """For each rank: variant -> `Measured` as a dictionary."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _worker, args=(num_processes, folder, options), nprocs=num_processes
-        )
+        code = run_processes(_worker, num_processes, (num_processes, folder, options))
+        if code:
+            raise SystemExit(code)
         return [read_json(Path(folder) / f"{number}.json") for number in range(num_processes)]
 
 

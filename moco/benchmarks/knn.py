@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.benchmarks.record import write_results
+from moco.child_processes import run_processes
 from moco.evaluation.memory import peak_rss_bytes, reset_peak_rss
 from moco.evaluation.neighbours import BLOCK, NeighbourSearch, memory_plan
 
@@ -68,7 +69,8 @@ def measure(name: str, sizes: Sizes, dtype: torch.dtype = torch.float32) -> tupl
     """(bytes, seconds) of one search in a fresh process."""
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     args = (name, sizes, dtype, torch.get_num_threads(), queue)
-    torch.multiprocessing.spawn(_measure, args=args, nprocs=1)
+    if code := run_processes(_measure, 1, args):
+        raise SystemExit(code)
     return queue.get()
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+from moco.child_processes import end_with_parent
+
 
 @contextmanager
 def own_processes(
@@ -48,6 +50,7 @@ def _caller(name: str, connection: Connection) -> Callable[[int], None]:
 
 
 def _serve(connection: Connection, job: Callable[[int], object], prepare: Callable) -> None:
+    end_with_parent()
     prepare()
     while True:
         number = connection.recv()

@@ -20,6 +20,7 @@ from moco import distributed
 from moco.benchmarks import step_profile
 from moco.benchmarks.reference_step import ReferenceStep, reference_networks
 from moco.cfgnode import CfgNode
+from moco.child_processes import end_with_parent
 from moco.config import load_pretrain_config
 from moco.data.augment import normalize
 from moco.distributed import ProcessInfo
@@ -112,6 +113,7 @@ class SideProcess:
 
 
 def _serve(pipe: Connection, side: str, words: list[str], device: str, threads: int | None) -> None:
+    end_with_parent()
     try:
         _serve_steps(pipe, side, words, device, threads)
     except (MocoError, torch.OutOfMemoryError) as error:

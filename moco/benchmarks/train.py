@@ -28,6 +28,7 @@ from moco import distributed
 from moco.benchmarks.pictures import natural_jpeg
 from moco.benchmarks.record import alternate, write_results
 from moco.cfgnode import CfgNode
+from moco.child_processes import end_with_parent, running
 from moco.config import load_pretrain_config
 from moco.data.images import ImageSource, find_images
 from moco.data.subset import SubsetSource
@@ -278,14 +279,12 @@ def seconds_to_first_step(
     receive, send = context.Pipe(duplex=False)
     started = time.time()
     child = context.Process(target=_first_step, args=(send, [*words], folder, device, threads))
-    child.start()
-    send.close()
-    try:
-        imported, built, stepped = receive.recv()
-    except EOFError:
-        raise ConfigError("the process that times its start failed; see its message") from None
-    finally:
-        child.join()
+    with running(child):
+        send.close()
+        try:
+            imported, built, stepped = receive.recv()
+        except EOFError:
+            raise ConfigError("the process that times its start failed; see its message") from None
     return {
         "total_s": stepped - started,
         "imports_s": imported - started,
@@ -300,6 +299,7 @@ class _StopAtFirst(Exception):
 
 def _first_step(send, words: list[str], folder: str, device: str, threads: int) -> None:
     imported = time.time()
+    end_with_parent()
     torch.set_num_threads(threads)
 
     class Stop:

@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from moco.child_processes import end_with_parent
 from moco.data.reading import UnreadableImage
 from moco.data.rgb import decode_rgb
 from moco.data.shard_index import NO_LABEL, SAMPLE, TAR_BLOCK, write_index
@@ -169,6 +171,8 @@ def ordered_map(
 
 def _keep(function: Callable) -> None:
     global _kept
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
+    end_with_parent()
     _kept = function  # sent once to each process, not with every item
 
 

@@ -37,11 +37,11 @@ from moco.evaluation.linear_state import LinearIdentity
 from moco.evaluation.results import RESULTS_FILE
 from moco.evaluation.splits import find_splits, splits_in_words
 from moco.evaluation.weights import Pretrained, read_pretrained
+from moco.signals import caught_signals
 from moco.training import checkpoint as ckpt
 from moco.training.progress import ConsoleProgress, EpochRecord, JsonLog, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.run_lock import RunLock
-from moco.training.signals import caught_signals
 
 # Not config.yaml, which with log.jsonl marks a pretraining run.
 CONFIG_FILE = "linear_config.yaml"

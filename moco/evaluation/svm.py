@@ -11,12 +11,14 @@ difficult objects of it). As in both of those codes, -1 is a negative in trainin
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from moco.child_processes import end_with_parent
 from moco.errors import ConfigError, DataError
 
 FOLDS = 3
@@ -105,7 +107,7 @@ def classify(
         for number, name in enumerate(class_names):
             target = np.where(train[1][:, number] == 1, 1, -1)
             found = parallel(
-                delayed(_cross_validate)(train[0], target, cost, seed) for cost in costs
+                delayed(_in_worker)(os.getpid(), train[0], target, cost, seed) for cost in costs
             )
             validated, failures = zip(*found, strict=True)
             best = int(np.argmax(validated))  # the first of equals
@@ -138,6 +140,13 @@ def _svm(cost: float, seed: int):
         max_iter=_MOST_ITERATIONS,
         random_state=seed,
     )
+
+
+def _in_worker(parent: int, *args) -> tuple[float, int]:
+    """`_cross_validate` in a process of joblib's, which does not outlive the one it works for."""
+    if os.getpid() != parent:  # with one job it is the same
+        end_with_parent(parent=parent)
+    return _cross_validate(*args)
 
 
 def _cross_validate(features, target, cost: float, seed: int) -> tuple[float, int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from moco import distributed
+from moco.child_processes import end_with_parent, running
 from moco.config import load_pretrain_config
 from moco.errors import ConfigError
 from moco.methods import build_method
@@ -84,19 +85,19 @@ def measure(
     receive, send = context.Pipe(duplex=False)
     arguments = (send, study.config_file, words, num_images, num_steps, device)
     child = context.Process(target=_child, args=arguments)
-    child.start()
-    send.close()
-    try:
-        answer = receive.recv()
-    except EOFError:
-        answer = {"error": "the process was killed, as it is where memory ends"}
-    child.join()
+    with running(child):
+        send.close()
+        try:
+            answer = receive.recv()
+        except EOFError:
+            answer = {"error": "the process was killed, as it is where memory ends"}
     if "refused" in answer:
         raise ConfigError(f"{row.name}, batch {batch}: {answer['refused']}")
     return answer
 
 
 def _child(send: Connection, config_file, words, num_images, num_steps, device) -> None:
+    end_with_parent()
     try:
         send.send(step_cost(config_file, words, num_images, num_steps, device))
     except torch.OutOfMemoryError:

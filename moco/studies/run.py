@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import statistics
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from moco.errors import CheckpointError, MocoError
+from moco import slots
+from moco.errors import CheckpointError, Stopped
 from moco.studies.plan import PlannedRun
 from moco.training.checkpoint import read_json, write_json_atomic
 from moco.training.progress import format_duration
 
 RESULT_FILE, LOG_FILE = "result.json", "log.txt"
-_POLL_SECONDS = 0.2
-_STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT}
-
-
-class StudyStopped(MocoError):
-    """The study was asked to stop; its runs saved their state."""
+_STOPPED = {
+    code: number
+    for number in (signal.SIGTERM, signal.SIGINT)
+    for code in (128 + number, -number)
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,12 @@ def finished_result(folder: Path, run: PlannedRun, stages: Sequence[Stage]) -> d
 
 
 class Runner:
-    """Runs planned runs, up to `num_slots` at once.
+    """Runs planned runs, side by side where there are several slots.
 
     Args:
         output_dir: of the study; run r has the folder output_dir / r.folder.
         stages: run -> the commands of it, in order.
-        environment: slot -> variables for the commands in it (a GPU, a share of the cores).
+        environments: of the commands in each slot (a GPU, a share of the cores).
     """
 
     def __init__(
@@ -78,118 +75,75 @@ class Runner:
         output_dir: Path,
         stages: Callable[[PlannedRun, Path], Sequence[Stage]],
         *,
-        num_slots: int = 1,
-        environment: Callable[[int], Mapping[str, str]] = lambda slot: {},
+        environments: Sequence[Mapping[str, str]] = (os.environ,),
         say: Callable[[str], None] = print,
     ):
         self.output_dir, self.stages, self.say = output_dir, stages, say
-        self.num_slots, self.environment = num_slots, environment
-        self.stop = threading.Event()
-        self._lock = threading.Lock()
-        self._children: set[subprocess.Popen] = set()
-        self._free_slots = list(range(num_slots))
+        self.environments = environments
 
     def run_all(self, runs: Sequence[PlannedRun]) -> list[str]:
         """Run what is not finished. A failed run stops no other.
 
         Returns: the errors of failed runs.
-        Raises: StudyStopped after SIGTERM or SIGINT, once all commands have saved and ended.
+        Raises: Stopped after SIGTERM, SIGINT or SIGHUP to this process or one of a run's, once all
+            commands have saved and ended.
         """
         todo = [run for run in runs if self._unfinished(run)]
         self.say(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
-        self._started, self._seconds = 0, []
-        previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with ThreadPoolExecutor(self.num_slots) as pool:
-                errors = list(pool.map(lambda run: self._run(run, len(todo)), todo))
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        if self.stop.is_set():
-            raise StudyStopped(
-                f"{self.output_dir}: the study was stopped; the same command continues it"
-            )
-        return [error for error in errors if error]
+        self._num_runs, self._num_started = len(todo), 0
+        self._seconds: list[float] = []
+        self._errors: list[str] = []
+        stopped_by = slots.run_jobs(
+            [partial(self._run, run) for run in todo], len(self.environments), say=self.say
+        )
+        if stopped_by is not None:
+            raise self._stopped(stopped_by)
+        return self._errors
 
     def _unfinished(self, run: PlannedRun) -> bool:
         folder = self.output_dir / run.folder
         return finished_result(folder, run, self.stages(run, folder)) is None
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.stop.set()
-        for child in list(self._children):
-            child.send_signal(signal.SIGTERM)
-
-    def _run(self, run: PlannedRun, num_runs: int) -> str | None:
-        if self.stop.is_set():
-            return None
-        with self._lock:
-            slot = self._free_slots.pop(0)
-            self._started += 1
-            number = self._started
-        name, started = f"{run.row}, seed {run.seed}", time.monotonic()
-        self.say(f"[{number}/{num_runs}] {name}: begins")
-        try:
-            error = self._run_stages(run, slot)
-        finally:
-            with self._lock:
-                self._free_slots.append(slot)
-        if self.stop.is_set():
-            return None
-        self._seconds.append(time.monotonic() - started)
-        left = (num_runs - len(self._seconds)) * statistics.mean(self._seconds) / self.num_slots
-        took = format_duration(self._seconds[-1])
-        outcome = f"failed: {error}" if error else "done"
-        self.say(
-            f"[{number}/{num_runs}] {name}: {outcome} in {took}; about {format_duration(left)} left"
+    def _stopped(self, number: int) -> Stopped:
+        return Stopped(
+            f"{self.output_dir}: the study was stopped; the same command continues it", number
         )
-        return f"{name}: {error}" if error else None
 
-    def _run_stages(self, run: PlannedRun, slot: int) -> str | None:
+    def _run(self, run: PlannedRun, slot: int) -> slots.Job:
+        self._num_started += 1
+        started = time.monotonic()
+        name = f"{run.row}, seed {run.seed}"
+        place = f"[{self._num_started}/{self._num_runs}] {name}"
+        self.say(f"{place}: begins")
         folder = self.output_dir / run.folder
         folder.mkdir(parents=True, exist_ok=True)
         result = {"row": run.row, "seed": run.seed, "config_digest": run.digest, "stages": {}}
-        error = None
         for stage in self.stages(run, folder):
-            code, peak_bytes = self._execute(stage, folder, slot)
-            if self.stop.is_set() or code in _STOPPED:
-                self.stop.set()
-                return None
-            if code:
-                error = f"{stage.name} ended with exit code {code}: {_last_line(folder)}"
-                break
-            result["stages"][stage.name] = {**stage.read(folder), "peak_rss_bytes": peak_bytes}
-        if error:
-            result["error"] = error
-        write_json_atomic(folder / RESULT_FILE, result)
-        return error
-
-    def _execute(self, stage: Stage, folder: Path, slot: int) -> tuple[int, int]:
-        """Run a command to its end; its output goes to the run's log.
-
-        Returns: exit code, and the most memory it held, in bytes.
-        """
-        with open(folder / LOG_FILE, "a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(stage.command)}\n")
-            log.flush()
-            child = subprocess.Popen(
-                stage.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment(slot)},
+            ended = yield slots.Command(
+                stage.command, folder / LOG_FILE, self.environments[slot]
             )
-            self._children.add(child)
-            if self.stop.is_set():  # the signal came while it was started
-                child.send_signal(signal.SIGTERM)
-            # wait4 instead of Popen.wait: it alone tells the child's memory.
-            while True:
-                pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-                if pid:
-                    break
-                time.sleep(_POLL_SECONDS)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            self._children.discard(child)
-        return child.returncode, usage.ru_maxrss * 1024
+            if ended.stopping:
+                return
+            if ended.code in _STOPPED:
+                raise self._stopped(_STOPPED[ended.code])
+            if ended.code:
+                last = _last_line(folder)
+                result["error"] = f"{stage.name} ended with exit code {ended.code}: {last}"
+                break
+            peak = {"peak_rss_bytes": ended.peak_bytes}
+            result["stages"][stage.name] = {**stage.read(folder), **peak}
+        write_json_atomic(folder / RESULT_FILE, result)
+        outcome = "done"
+        if "error" in result:
+            outcome = f"failed: {result['error']}"
+            self._errors.append(f"{name}: {result['error']}")
+        self._say_outcome(f"{place}: {outcome}", time.monotonic() - started)
+
+    def _say_outcome(self, text: str, seconds: float) -> None:
+        self._seconds.append(seconds)
+        num_left = self._num_runs - len(self._seconds)
+        left = num_left * statistics.mean(self._seconds) / len(self.environments)
+        self.say(f"{text} in {format_duration(seconds)}; about {format_duration(left)} left")
 
 
 def read_pretraining(folder: Path) -> dict:

@@ -20,6 +20,7 @@ from moco.errors import dead_worker_as_data_error
 from moco.lost_rank import lost_rank_as_error
 from moco.methods import Method, build_method
 from moco.seeding import derive_seed
+from moco.signals import caught_signals
 from moco.training import acceleration, state
 from moco.training.agreement import check_ranks, check_same_job, say_that_ranks_agree
 from moco.training.batch import build_loader, check_batch
@@ -34,7 +35,6 @@ from moco.training.progress import EpochRecord, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.schedule import step_values
 from moco.training.shares import Shares
-from moco.training.signals import caught_signals
 from moco.training.step import train_step
 
 

@@ -1,7 +1,6 @@
 """The scheduler of trials side by side, with processes that train nothing."""
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from detection import parallel_trials, train_net, trials
+from detection import train_net, trials
 from detection.config import load_detection_config
 from detection.data.shapes import make_shapes_dataset
 from detection.engines.base import TrainingStopped
-from detection.parallel_trials import progress_line, run_trials_side_by_side, slot_environments
+from detection.parallel_trials import progress_line, run_trials_side_by_side
+from moco import slots
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError
 
@@ -94,7 +94,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def job(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel_trials, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(slots, "_POLL_SECONDS", 0.02)
     keys = {
         "DATASETS.VOC_ROOT": shapes, "DATASETS.VOC_CLASSES": CLASSES, "DATASETS.TRAIN": ("train",),
         "DATASETS.TEST": ("test",), "MODEL.ROI_HEADS.NUM_CLASSES": 2, "SEED": 5,
@@ -171,18 +171,6 @@ def test_another_run_is_refused_before_anything_starts(job):
     (folder / "result.json").write_text('{"engine": "fake", "config_digest": "other", "seed": 6}')
     with pytest.raises(CheckpointError, match="belongs to another run"):
         run_trials_side_by_side(job, 2, lambda k: pytest.fail("started"), 2)
-
-
-def test_each_slot_has_one_gpu_or_its_share_of_the_cores():
-    gpus = [e["CUDA_VISIBLE_DEVICES"] for e in slot_environments(3, "cuda", {"A": "1"})]
-    assert gpus == ["0", "1", "2"]
-    environment = {"CUDA_VISIBLE_DEVICES": "4,7", "A": "1"}
-    slots = slot_environments(2, "cuda", environment)
-    assert slots == [{"CUDA_VISIBLE_DEVICES": n, "A": "1"} for n in ("4", "7")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert slot_environments(2, "cpu", {})[1] == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
-    assert slot_environments(1000, "cpu", {})[0] == {"OMP_NUM_THREADS": "1"}
-    assert slot_environments(2, "cpu", {"OMP_NUM_THREADS": "9"})[0] == {"OMP_NUM_THREADS": "9"}
 
 
 def test_progress_line_by_hand(tmp_path):

@@ -185,7 +185,8 @@ def test_stop_leaves_no_result(make_job, engine, tmp_path):
     assert not (tmp_path / "out" / "trial_1" / "result.json").exists()
     assert not (tmp_path / "out" / "results.json").exists()
     assert trials.run_trials(make_job(), 3)["num_finished"] == 3
-    assert TrainingStopped.exit_code == 128 + signal.SIGTERM
+    assert TrainingStopped("").exit_code == 128 + signal.SIGTERM
+    assert TrainingStopped("", signal.SIGINT).exit_code == 128 + signal.SIGINT
 
 
 def test_other_settings_are_not_mixed(make_job, engine):

@@ -134,6 +134,56 @@ def test_a_process_takes_the_gpu_of_its_local_rank(variables, monkeypatch):
         distributed.setup_process("cuda")
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Stand-ins for CUDA; gpus(n) makes n visible and returns the list of those taken."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "join_group", lambda *args: None)
+
+    def see(num):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num)
+        return chosen
+
+    return see
+
+
+def test_a_task_of_srun_that_sees_one_gpu_takes_it(variables, monkeypatch, gpus):
+    variables(LOCAL_RANK="3", SLURM_LOCALID="3", CUDA_VISIBLE_DEVICES="3")
+    chosen = gpus(1)
+    process = distributed.setup_process("cuda")
+    assert process == ProcessInfo(5, 8, 3, torch.device("cuda", 0)) and chosen == [0]
+    gpus(8)  # srun without a binding: all tasks see all
+    assert distributed.setup_process("cuda").device == torch.device("cuda", 3)
+    # Negative controls: no task of srun, and torchrun's fourth process in a task's one GPU.
+    gpus(1)
+    for local_id in (None, "0"):
+        if local_id is None:
+            monkeypatch.delenv("SLURM_LOCALID")
+        else:
+            monkeypatch.setenv("SLURM_LOCALID", local_id)
+        with pytest.raises(DistributedError, match="local rank 3 needs 4 GPUs"):
+            distributed.setup_process("cuda")
+
+
+def test_srun_alone_starts_the_ranks_where_a_meeting_place_is_named(monkeypatch, gpus):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("PROCID", 5), ("STEP_NUM_TASKS", 8), ("LOCALID", 1)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    gpus(1)
+    # An interactive shell has these variables too, and nobody to meet.
+    assert not process_group.is_rank() and distributed.setup_process("cpu").world_size == 1
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    assert process_group.is_rank()
+    assert distributed.setup_process("cuda") == ProcessInfo(5, 8, 1, torch.device("cuda", 0))
+    monkeypatch.setenv("RANK", "0")  # torchrun in a task: its variables count
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert distributed.setup_process("cuda") == ProcessInfo(0, 2, 0, torch.device("cuda", 0))
+
+
 def test_a_missing_variable_and_a_timeout_of_zero_are_refused(variables, monkeypatch):
     variables(LOCAL_RANK="one")
     with pytest.raises(DistributedError, match="LOCAL_RANK is 'one' while WORLD_SIZE is set"):

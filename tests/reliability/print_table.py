@@ -63,6 +63,8 @@ ROWS = {
     "R21": ("hostile .pth, .pkl, .yaml, .tar, .xml and safetensors files",
             "refused in less than 1 s and 200 MB, no code run"),
     "R22": ("2,000 steps", "memory, files and processes flat, all released at exit"),
+    "R26": ("SIGTERM, SIGINT or kill -9 to demo, study, trials, launcher, SVMs, packing, benchmark",
+            "0 processes left, training saved, exit code 143 or 130, the same command finishes"),
     "fuzz": ("seeded draws of VOC XML, weights, shard indexes, configurations (hypothesis)",
              "a valid result or one line of error"),
 }  # fmt: skip

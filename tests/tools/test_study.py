@@ -11,10 +11,13 @@ import time
 
 import pytest
 import tiny
+import torch
 from scripts import ROOT, load_tool
 
+from detection import train_net
 from moco.errors import CheckpointError, ConfigError
 from moco.studies import cost, plan, run, table
+from moco.training.run_lock import RunLock
 
 study_tool = load_tool("study")
 STUDY = """
@@ -102,6 +105,50 @@ def test_the_projects_own_studies_are_valid():
         assert len(runs) == len(study.rows) >= 2, path
 
 
+def stage_commands(study_file, tmp_path, *flags):
+    """name of a stage -> its command line."""
+    args = study_tool.parse_args(
+        ["--study", study_file, "--data", "images", "--output-dir", str(tmp_path / "out"),
+         "--linear", "linear.yaml", "--detection", "detection.yaml", *flags]
+    )  # fmt: skip
+    [first, _] = plan.plan_runs(plan.load_study(study_file), [0], words())
+    stages = study_tool._stages(args, "base.yaml", first, tmp_path)
+    return {stage.name: " ".join(stage.command) for stage in stages}
+
+
+def test_every_stage_gets_the_device_and_the_processes(study_file, tmp_path, monkeypatch):
+    commands = stage_commands(study_file, tmp_path, "--device", "cpu", "--processes", "2")
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
+    for name in ("pretrain", "linear"):
+        assert commands[name].startswith(f"{launch}{ROOT}/tools/")
+        assert "--device cpu" in commands[name]
+    assert "--device cpu --num-gpus 1 MODEL.WEIGHTS" in commands["detection"]
+    assert "torch.distributed.run" not in commands["convert"] + commands["detection"]
+    alone = stage_commands(study_file, tmp_path)
+    assert not any("torch.distributed.run" in command for command in alone.values())
+    assert "--device auto --num-gpus 1 MODEL.WEIGHTS" in alone["detection"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpus = stage_commands(study_file, tmp_path, "--device", "cuda", "--processes", "8")
+    assert "--device cuda --num-gpus 8 MODEL.WEIGHTS" in on_gpus["detection"]
+    assert "--device cuda" in on_gpus["linear"] and "--device cuda" in on_gpus["pretrain"]
+    words_ = alone["detection"].split()[2:]
+    parsed = train_net.parse_args(words_)
+    assert (parsed.trials, parsed.device, parsed.overrides[0]) == (5, "auto", "MODEL.WEIGHTS")
+
+
+def wait_for_the_lock(folder):
+    deadline = time.monotonic() + 60
+    while True:
+        lock = RunLock(folder)
+        try:
+            return lock.acquire()
+        except CheckpointError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        finally:
+            lock.release()
+
+
 def test_a_study_killed_and_repeated_ends_as_one_that_was_not(study_file, image_folder, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert status(command(study_file, image_folder, whole)) == 0
@@ -115,6 +162,7 @@ def test_a_study_killed_and_repeated_ends_as_one_that_was_not(study_file, image_
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    wait_for_the_lock(log.parent)  # the run itself, in a session of its own, saves
     assert not (cut / "tau_0.2_twice" / "seed_0" / "result.json").exists()
     assert status(argv) == 0
     assert digests(cut) == digests(whole) and len(digests(whole)) == 2

@@ -33,7 +33,7 @@ from detection.engines.session import (
     say,
     state_to_resume,
     stop_if_not_finite,
-    stop_on_sigterm,
+    stop_on_signal,
     torch_versions,
 )
 from moco import distributed
@@ -81,7 +81,7 @@ class EmbeddedEngine:
         for note in filter(None, (compiled, amp_note(cfg, process.device))):
             say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
-            with stop_on_sigterm() as stop, dead_worker_as_data_error(WORKERS_KEY):
+            with stop_on_signal() as stop, dead_worker_as_data_error(WORKERS_KEY):
                 _train_iterations(run, model, optimizer, randomness, start, stop)
         # Detectron2's hook order: precise statistics first, then the final checkpoint.
         if cfg.TEST.PRECISE_BN.ENABLED:

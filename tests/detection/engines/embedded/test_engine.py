@@ -362,7 +362,7 @@ def _two_processes(root, output_dir, keys):
     # Every rank leaves with the model that rank 0 wrote.
     state = final_state(run)["model"]
     distributed.check_equal_across_ranks(state, "final model", process.device)
-    distributed.shutdown()
+    torch.distributed.destroy_process_group()
 
 
 def losses_of_two_processes(root, output_dir, keys):

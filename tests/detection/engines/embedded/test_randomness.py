@@ -164,7 +164,7 @@ def _one_of_two_processes(root, output_dir):
     distributed.barrier()
     EmbeddedEngine().train(make_run(root, output_dir, 2, process=process, resume=True))
     assert differing(final_state(run), whole) == []
-    distributed.shutdown()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_and_their_resume(shapes, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from moco.training.signals import caught_signals
+from moco.signals import caught_signals
 
 
 def test_signals_are_collected_in_order():
