@@ -309,3 +309,31 @@ def test_both_engines_write_the_same_detections(trained, images, tmp_path):
     ours, theirs = contents.values()
     assert ours["images"] == theirs["images"] and len(ours["images"]) == 3
     assert [e["file"] for e in theirs["failed"]] == [e["file"] for e in ours["failed"]]
+
+
+def test_16_bit_grey_is_read_as_in_training_and_detectron2s_reading_is_said(
+    trained, tmp_path, capsys
+):
+    ramp = np.linspace(0, 65535, 45 * 70).astype(np.uint16).reshape(45, 70)
+    grey, eight = tmp_path / "ramp.png", tmp_path / "same.png"
+    Image.fromarray(ramp).save(grey)
+    Image.fromarray((ramp >> 8).astype(np.uint8)).save(eight)
+    model = find_model(trained)
+
+    class Detectron2sName(EmbeddedEngine):
+        name = "detectron2"
+
+    entries = {}
+    for engine in (EmbeddedEngine(), Detectron2sName()):
+        out = tmp_path / engine.name
+        found = predict_images(model, engine, PROCESS, [grey, eight], out, threshold=0.2)
+        entries[engine.name] = list(found)
+    ours, same = entries["embedded"]
+    assert ours["boxes"] == same["boxes"] != [] and "warning" not in ours
+    shown = [np.asarray(Image.open(tmp_path / f"embedded/pictures/{name}.png"))
+             for name in ("ramp", "same")]  # fmt: skip
+    assert np.array_equal(*shown)
+    theirs, same = entries["detectron2"]
+    assert "clipped at 255" in theirs["warning"] and "warning" not in same
+    clipped = np.asarray(Image.open(tmp_path / "detectron2/pictures/ramp.png"))
+    assert not np.array_equal(clipped, shown[0])

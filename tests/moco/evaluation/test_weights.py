@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 from moco.data.images import find_images
+from moco.data.rgb import Decoding
 from moco.errors import CheckpointError
 from moco.evaluation.weights import pretrained_from, read_pretrained
 from moco.methods import build_method
@@ -167,3 +168,16 @@ def test_a_run_folder_gives_its_newest_verified_checkpoint(image_folder, tmp_pat
 def test_a_folder_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no verified checkpoint"):
         read_pretrained(str(tmp_path))
+
+
+def test_images_are_decoded_as_in_pretraining(image_folder, tmp_path):
+    cfg = tiny.config(
+        TRAIN__EPOCHS=1, DATA__SIXTEEN_BIT_RANGE="(0, 4095)", DATA__MAX_IMAGE_PIXELS=5000
+    )
+    Trainer(cfg, find_images(image_folder), tmp_path, tiny.alone(), say=lambda line: None).train()
+    pretrained = read_pretrained(str(tmp_path))
+    assert pretrained.decoding == Decoding((0, 4095), 5000)
+    plain = tiny.config()
+    state = moco_state(build_method(plain))
+    foreign = read_pretrained(saved(tmp_path, state))
+    assert foreign.decoding == Decoding()
