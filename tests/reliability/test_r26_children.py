@@ -220,18 +220,11 @@ def study(images: Path, tmp_path: Path) -> list:
                 TRAIN__EPOCHS=STEPS // 4, CHECKPOINT__PERIOD=1000, KNN__PERIOD=0)]  # fmt: skip
 
 
-def test_a_study_killed_and_one_told_to_end(start, images, tmp_path, observed):
-    words = study(images, tmp_path)
+def test_a_study_killed(start, images, tmp_path, observed):
     runs = [tmp_path / "study" / name / "seed_0" / "pretrain" for name in ("warm", "cool")]
-    tool = start("study", *words)
+    tool = start("study", *study(images, tmp_path))
     tool.wait_until(lambda: all(lines(run / "log.jsonl") > 3 for run in runs))
     good = [tool.told(signal.SIGKILL) == -9, gone_within(tool, 30), *map(is_saved, runs)]
-    steps = [latest_verified(run)[1]["step"] for run in runs]
-    tool = start("study", *words)
-    tool.wait_until(lambda: all(f'"step": {step + 3},' in (run / "log.jsonl").read_text()
-                                for run, step in zip(runs, steps, strict=True)))  # fmt: skip
-    good += [tool.told(signal.SIGINT) == 130, tool.left() == [], *map(is_saved, runs)]
-    good += [latest_verified(run)[1]["step"] > step for run, step in zip(runs, steps, strict=True)]
     observed("R26", sum(good), len(good))
 
 
