@@ -26,7 +26,7 @@ import torch
 
 from detection.engines.base import TrainingStopped
 from detection.engines.progress import METRICS_FILE
-from detection.run_folder import RESULT_FILE
+from detection.run_folder import RESULT_FILE, set_result_aside
 from detection.trial_results import outcome_in_words
 from detection.trials import Job, close_trials, failed_result, open_trials
 from moco import distributed
@@ -139,6 +139,7 @@ def _start(
     run = job.trial(k)
     run.output_dir.mkdir(parents=True, exist_ok=True)
     # The failure of an earlier session must not be taken for what this one ends with.
+    set_result_aside(run.output_dir)
     (run.output_dir / RESULT_FILE).unlink(missing_ok=True)
     log = run.output_dir / LOG_FILE
     with open(log, "a", encoding="utf-8") as file:

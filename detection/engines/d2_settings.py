@@ -14,6 +14,7 @@ UNDERSTOOD_KEYS = (
     "DATASETS.VOC_METRIC",
     "DATASETS.COCO_FILES",
     "DATALOADER.STREAM",  # Detectron2 has its own stream whatever is asked for
+    "MODEL.RESET_PREDICTORS",
     "TEST.ROUND_DETECTIONS",
     "SOLVER.PROGRESS_PERIOD",
 )
