@@ -81,11 +81,12 @@ def read_state(run: Run, path: Path, *, engine: str, keys: tuple[str, ...]) -> d
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Rates, decay, momentum and the like stay the configuration's, as they may be changed.
+    """First rates, decay, momentum and the like stay the configuration's, as they may be changed.
 
     Raises: RuntimeError, ValueError where the state does not fit.
     """
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    of_state = ("params", "lr")  # the rate is that of the last iteration
+    settings = [{k: v for k, v in g.items() if k not in of_state} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
