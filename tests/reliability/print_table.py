@@ -63,6 +63,10 @@ ROWS = {
     "R21": ("hostile .pth, .pkl, .yaml, .tar, .xml and safetensors files",
             "refused in less than 1 s and 200 MB, no code run"),
     "R22": ("2,000 steps", "memory, files and processes flat, all released at exit"),
+    "R23": ("annotations, splits or flags of a detection run changed, its folder moved",
+            "refused by name, or recorded and never averaged; a moved folder is the same"),
+    "R25": ("a detector meets the same classes in another order, or others",
+            "refused with both lists and the right order"),
     "fuzz": ("seeded draws of VOC XML, weights, shard indexes, configurations (hypothesis)",
              "a valid result or one line of error"),
 }  # fmt: skip
