@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from detection.config import get_defaults
+from detection.data.fingerprint import data_differences, read_lists
 from detection.report import confidence_interval_of_difference
 from detection.report_classes import per_class_values
 from detection.run_folder import CONFIG_FILE, changed_keys
@@ -39,6 +40,11 @@ class TrialRun:
     @property
     def finished(self) -> list[dict]:
         return [trial for trial in self.results["trials"] if trial["status"] == "finished"]
+
+    @property
+    def first_finished(self) -> int:
+        states = [trial["status"] for trial in self.results["trials"]]
+        return states.index("finished") if "finished" in states else 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,10 @@ def _refuse(a: TrialRun, b: TrialRun) -> None:
     where = f"{a.folder} and {b.folder}"
     if a.folder.resolve() == b.folder.resolve():
         raise ConfigError(f"{where}: are one run; give two")
-    for name in ("dataset", "metric"):
+    known = [run.results.get("data") for run in (a, b)]
+    if all(known):
+        _refuse_other_test_data(where, a, b)
+    for name in ("metric",) if all(known) else ("dataset", "metric"):
         if a.results[name] != b.results[name]:
             raise ConfigError(
                 f"{where}: have {name} {a.results[name]!r} and {b.results[name]!r}; only runs "
@@ -171,6 +180,37 @@ def _refuse(a: TrialRun, b: TrialRun) -> None:
             f"{where}: have classes {names_a} and {names_b}; only runs of the same classes are "
             "compared"
         )
+
+
+def _refuse_other_test_data(where: str, a: TrialRun, b: TrialRun) -> None:
+    (then, then_folder), (now, now_folder) = (
+        (run.results["data"], run.folder / f"trial_{run.first_finished}") for run in (a, b)
+    )
+    if then["test"] == now["test"]:
+        return
+    words = data_differences(
+        {**now, "test": then["test"]}, now, then_folder, read_lists(now_folder, now)
+    )
+    raise ConfigError(
+        f"{where}: were scored on other data (first and second run: {words}); only runs scored on "
+        "the same test data are compared"
+    )
+
+
+def _data_warnings(a: TrialRun, b: TrialRun) -> list[str]:
+    """Of what is not known to be equal."""
+    unknown = [run for run in (a, b) if not run.results.get("data")]
+    if unknown:
+        return [
+            f"{run.folder}: is older than fingerprints of data, so whether both runs are of the "
+            "same data is known by the name only"
+            for run in unknown
+        ]
+    then, now = a.results["data"]["train"], b.results["data"]["train"]
+    if then == now:
+        return []
+    sizes = [f"{part['images']} images, {part['boxes']} boxes" for part in (then, now)]
+    return [f"training data differ: {' | '.join(sizes)}"]
 
 
 def _entry(
@@ -203,8 +243,13 @@ def _described(run: TrialRun) -> dict:
 
 def _warnings(a: TrialRun, b: TrialRun) -> list[str]:
     """What differs between the runs beside the weights, the engine and the seeds."""
-    warnings = []
+    warnings = _data_warnings(a, b)
     for run in (a, b):
+        num_left_out = run.results.get("num_left_out", 0)
+        if num_left_out:
+            warnings.append(
+                f"{run.folder}: {num_left_out} trials of other data or settings are left out"
+            )
         failed = summarise(run.results["trials"])["num_failed"]
         if failed:
             warnings.append(f"{run.folder}: {failed} failed trials are left out")

@@ -23,6 +23,7 @@ EXTRA_KEYS = (
     "TEST.AMP.ENABLED",
     "MODEL.CHANNELS_LAST",
     "MODEL.COMPILE",
+    "MODEL.RESET_PREDICTORS",
     "SOLVER.PROGRESS_PERIOD",
     "DATALOADER.STREAM",
 )
@@ -142,6 +143,7 @@ DEFAULTS = dict(
         LOAD_PROPOSALS=False,
         CHANNELS_LAST=False,
         COMPILE="eager",
+        RESET_PREDICTORS=False,
         BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
         RESNETS=_RESNETS,
         ANCHOR_GENERATOR=dict(

@@ -23,7 +23,7 @@ import torch
 
 from detection.engines.base import TrainingStopped
 from detection.engines.progress import METRICS_FILE
-from detection.run_folder import RESULT_FILE
+from detection.run_folder import RESULT_FILE, set_result_aside
 from detection.trial_results import outcome_in_words
 from detection.trials import Job, close_trials, failed_result, open_trials
 from moco import distributed, slots
@@ -101,6 +101,7 @@ class _SideBySide:
         run, environment = self._job.trial(k), self._environments[slot]
         run.output_dir.mkdir(parents=True, exist_ok=True)
         # The failure of an earlier session must not be taken for what this one ends with.
+        set_result_aside(run.output_dir)
         (run.output_dir / RESULT_FILE).unlink(missing_ok=True)
         log = run.output_dir / LOG_FILE
         if self._is_on_gpu:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from detection.class_names import classes_differ
 from detection.config import load_detection_config
 from detection.data import voc
 from detection.data.data_check import CheckReport, ImageHeader, image_header
@@ -21,6 +22,7 @@ from detection.data.transforms import decoding_of
 from detection.engines.base import FINAL_MODEL, Engine, Run
 from detection.pictures import draw_detections
 from detection.run_folder import CLASSES_FILE, CONFIG_FILE, read_class_names
+from detection.weights_file import read_weights_file
 from moco.cfgnode import CfgNode
 from moco.data.rgb import Decoding
 from moco.distributed import ProcessInfo
@@ -87,9 +89,18 @@ def _what_to_give(source: Path) -> str:
 
 
 def _class_names(weights: Path, cfg: CfgNode, config_file: str) -> tuple[str, ...]:
-    names, where = read_class_names(weights.parent), f"the files beside {weights}"
+    own, beside = read_weights_file(weights).class_names, read_class_names(weights.parent)
+    names, where = own or beside, f"{weights} and what lies beside it"
+    configured = _configured_names(cfg)
     if names is None:
-        names, where = _configured_names(cfg), config_file
+        names, where = configured, config_file
+    elif own and beside and own != beside:
+        raise ConfigError(
+            f"{weights}: {classes_differ(cfg, own, beside, 'the files beside it')}; restore "
+            f"{CLASSES_FILE} there"
+        )
+    elif configured and len(configured) == len(names) and configured != names:
+        raise ConfigError(f"{weights}: {classes_differ(cfg, names, configured, config_file)}")
     if names is None:
         raise ConfigError(
             f"{weights}: its class names are unknown: there is no {CLASSES_FILE} beside it, and "

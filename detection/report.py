@@ -13,6 +13,7 @@ from detection.data.account import meaning_of_absent_classes
 from detection.report_classes import per_class_table, write_per_class_csv
 from detection.report_coco import coco_table
 from detection.report_curves import write_curves_report
+from detection.report_data import data_lines
 from moco.errors import ConfigError
 from moco.training.checkpoint import write_atomic, write_text_atomic
 
@@ -117,7 +118,8 @@ def _trials_table(results: dict) -> str:
         if trial["status"] == "finished":
             cells = " | ".join(_value(trial[score]) for score in _SCORES)
         else:
-            cells = f"failed: {trial['error'].replace('|', '/')} | | "
+            what = "failed" if trial["status"] == "failed" else "not in the mean"
+            cells = f"{what}: {trial['error'].replace('|', '/')} | | "
         lines.append(f"| {k} | {trial['seed']} | {cells} |")
     return "\n".join(lines)
 
@@ -134,6 +136,7 @@ def _origin(results: dict) -> str:
         f"- weights: {start}",
         f"- config digest: {results['config_digest']} (all keys in `config.yaml`)",
     ]
+    lines += data_lines(results)
     others = {_versions(trial["versions"]) for trial in results["trials"]}
     others.discard(_versions(results["versions"]))
     if others:
@@ -259,7 +262,10 @@ def _value(value: float | None) -> str:
 def _count(results: dict) -> str:
     text = f"{results['num_finished']} of {results['num_trials']} trials finished"
     failed = results["num_failed"]
-    return f"{text}, {failed} failed (not in the mean)" if failed else text
+    if failed:
+        text += f", {failed} failed (not in the mean)"
+    other = results.get("num_left_out", 0)
+    return f"{text}, {other} of other data or settings (not in the mean)" if other else text
 
 
 def _versions(versions: dict) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from detection.report import PLOT_FILE, is_comparable, read_published, write_report
 from detection.report_classes import per_class_values, spread_in_words
 from detection.report_curves import CURVES_PLOT, CURVES_TABLE
+from detection.report_data import data_lines
 from moco.reporting.page import Image, Section, Table
 from moco.training.checkpoint import read_json
 
@@ -31,6 +32,7 @@ def detection_sections(folder: Path, name: str) -> list[Section]:
         [
             f"{results['num_finished']} of {results['num_trials']} trials finished; engine "
             f"{results['engine']}; configuration digest {results['config_digest']}.",
+            *(line.removeprefix("- ") for line in data_lines(results)),
             _trials(results),
             _picture(folder / PLOT_FILE, f"{name}_trials", "AP of the trials"),
         ],
@@ -54,7 +56,8 @@ def _trials(results: dict) -> Table:
         if trial["status"] == "finished":
             cells = [_number(trial[score]) for score in _SCORES]
         else:
-            cells = [f"failed: {trial['error']}", "", ""]
+            what = "failed" if trial["status"] == "failed" else "not in the mean"
+            cells = [f"{what}: {trial['error']}", "", ""]
         rows.append([str(k), str(trial["seed"]), *cells])
     means = [
         _number(results["mean"][score])

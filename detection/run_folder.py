@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detection.config import get_defaults
 from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS
 from moco.cfgnode import CfgNode, digest, flatten, to_dict
 from moco.data.rgb import FULL_RANGE
 from moco.errors import CheckpointError
 from moco.safe_yaml import read_yaml
 from moco.training.checkpoint import MANIFEST_SUFFIX, read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from detection.run_identity import RunIdentity
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
@@ -27,21 +31,37 @@ NOT_IN_DIGEST = (
     "MODEL.WEIGHTS",
     "INPUT.MAX_IMAGE_PIXELS",
 )
-_NUM_DIFFERENCES_SHOWN = 5
+# Where the data lie: what they are is compared by its fingerprint.
+DATA_PLACES = ("DATASETS.VOC_ROOT", "DATASETS.COCO_FILES")
+# In the digest only where they differ from this, so that runs of before the key go on.
+_YOUNGER_KEYS = {
+    "MODEL.COMPILE": "eager",
+    "MODEL.RESET_PREDICTORS": False,
+    "INPUT.SIXTEEN_BIT_RANGE": list(FULL_RANGE),
+}
 
 
-def run_digest(cfg: CfgNode, weights_sha256: str | None, engine: str) -> str:
-    """16 hex digits that identify the configuration and the content of the initial weights."""
-    left_out = _not_in_digest(cfg, engine)
-    if cfg.MODEL.COMPILE == "eager":  # runs of before the key go on
-        left_out += ("MODEL.COMPILE",)
-    if tuple(cfg.INPUT.SIXTEEN_BIT_RANGE) == FULL_RANGE:
-        left_out += ("INPUT.SIXTEEN_BIT_RANGE",)
-    text = f"{digest(cfg, left_out)} {weights_sha256}"
+def run_digest(
+    cfg: CfgNode, weights_sha256: str | None, engine: str, places: Mapping | None = None
+) -> str:
+    """16 hex digits that identify the configuration and the content of the initial weights.
+
+    Args:
+        places: values of `DATA_PLACES` that count, as all did before runs knew their data; else
+            none counts.
+    """
+    left_out = not_in_digest(cfg, engine)
+    values = flatten(to_dict(cfg))
+    left_out += tuple(k for k, default in _YOUNGER_KEYS.items() if values[k] == default)
+    placed = cfg.clone()
+    placed.defrost()
+    places = {"DATASETS.VOC_ROOT": "", "DATASETS.COCO_FILES": [], **(places or {})}
+    placed.DATASETS.update({key.rpartition(".")[2]: value for key, value in places.items()})
+    text = f"{digest(placed, left_out)} {weights_sha256}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _not_in_digest(cfg: CfgNode, engine: str) -> tuple[str, ...]:
+def not_in_digest(cfg: CfgNode, engine: str) -> tuple[str, ...]:
     # The stream of Detectron2 depends on the number of its workers.
     replayed = "detectron2" in (engine, cfg.DATALOADER.STREAM)
     return tuple(k for k in NOT_IN_DIGEST if not (replayed and k == "DATALOADER.NUM_WORKERS"))
@@ -53,21 +73,86 @@ def holds_a_run(folder: Path) -> bool:
     return any(path for name in names for path in folder.glob(name))
 
 
-def refuse_other_run(
-    folder: Path, cfg: CfgNode, engine: str, config_digest: str, seed: int
-) -> None:
-    """Raise CheckpointError if the folder's result or checkpoints belong to another run."""
-    wanted = {"engine": engine, "config_digest": config_digest, "seed": seed}
-    for path, found in _identities(folder):
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                what = f"{name} {found.get(name)} there, {value} now"
-                if name == "config_digest":
-                    what = _differences(folder, cfg, engine)
-                raise CheckpointError(
-                    f"{path}: belongs to another run ({what}); runs are not mixed: give another "
-                    "OUTPUT_DIR, or the settings of that run"
-                )
+@dataclass(frozen=True)
+class FolderState:
+    """What a folder holds of the run that is to go on in it.
+
+    Attributes:
+        result: the result of a finished run to which there is nothing left to train, else None.
+        differences: name -> (then, now) of what differs and may.
+        lines: what the user should know.
+    """
+
+    result: dict | None
+    differences: dict[str, tuple[object, object]]
+    lines: tuple[str, ...]
+
+
+def examine_folder(
+    folder: Path, identity: RunIdentity, seed: int, allowed: Collection[str] = ()
+) -> FolderState:
+    """Compare the folder's result and checkpoints with the run that is to go on there.
+
+    Args:
+        allowed: names of configuration keys, and "data", that may differ.
+    Raises: CheckpointError where they belong to another run.
+    """
+    config = read_config(folder)
+    names = read_class_names(folder)
+    manifests = sorted(_manifests(folder), key=lambda found: _iterations(found[1]), reverse=True)
+    num_done = _iterations(manifests[0][1]) if manifests else 0
+    differences, is_known = {}, True
+    for number, (where, found) in enumerate(manifests):
+        _refuse_other(where, found, identity, seed)
+        if number and manifests[0][1].get("changes"):
+            continue  # it may be of before them
+        found = {"config": config, "class_names": names, **found}
+        differences.update(identity.check(where, found, allowed))
+        is_known = is_known and "data" in found
+    path, result = folder / RESULT_FILE, None
+    if path.is_file():
+        found = _mapping(path)
+        _refuse_other(path, found, identity, seed)
+        of_result = identity.check(path, {"config": config, "class_names": names, **found}, allowed)
+        differences.update(of_result)
+        is_known = is_known and "data" in found
+        goes_on = of_result and 0 < num_done < identity.cfg.SOLVER.MAX_ITER
+        if found.get("status") == "finished" and not goes_on:
+            result, differences = found, of_result
+    lines = () if is_known else (
+        f"{folder}: was started before runs kept a fingerprint of their data, so whether it was on "
+        "these data is unknown",
+    )  # fmt: skip
+    return FolderState(result, differences, lines)
+
+
+def read_config(folder: Path) -> dict | None:
+    """The tree of a folder's config.yaml, None without one."""
+    path = folder / CONFIG_FILE
+    return read_yaml(path) if path.is_file() else None
+
+
+def set_result_aside(folder: Path) -> None:
+    """Keep the result of a finished run under another name: it is to be trained on."""
+    path = folder / RESULT_FILE
+    if path.is_file() and _mapping(path).get("status") == "finished":
+        number = 1 + sum(1 for _ in folder.glob("result_before_change_*.json"))
+        path.rename(folder / f"result_before_change_{number}.json")
+
+
+def _refuse_other(path: Path, found: Mapping, identity: RunIdentity, seed: int) -> None:
+    for name, value in (("engine", identity.engine), ("seed", seed)):
+        if found.get(name) != value:
+            raise CheckpointError(
+                f"{path}: belongs to another run ({name} {found.get(name)} there, {value} now); "
+                "runs are not mixed: give another OUTPUT_DIR, or the settings of that run"
+            )
+
+
+def _iterations(manifest: Mapping) -> int:
+    """That are done. The final model comes first of two of as many, being the one that counts."""
+    iteration = manifest.get("iteration")
+    return iteration + 1 if type(iteration) is int else 0
 
 
 def write_class_names(folder: Path, class_names: Sequence[str]) -> None:
@@ -102,31 +187,21 @@ def changed_keys(
     there: Mapping, here: Mapping, ignored: Sequence[str] = NOT_IN_DIGEST
 ) -> dict[str, tuple[object, object]]:
     """Dotted key -> (value there, value here) where two configurations' trees differ; None for a
-    key that one of them does not have."""
-    there, here = flatten(there), flatten(here)
+    key that one of them does not have. Where the data lie is no difference."""
+    there, here = ({**_YOUNGER_KEYS, **flatten(tree)} for tree in (there, here))
+    ignored = (*ignored, *DATA_PLACES)
     keys = [key for key in sorted(there.keys() | here.keys()) if key not in ignored]
     return {k: (there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)}
 
 
-def _identities(folder: Path) -> Iterator[tuple[Path, dict]]:
-    manifests = (f"{name}{MANIFEST_SUFFIX}" for name in (FINAL_MODEL, PERIODIC_MODELS))
-    for pattern in (RESULT_FILE, *manifests):
-        for path in sorted(folder.glob(pattern)):
-            content = read_json(path)
-            if not isinstance(content, dict):
-                raise CheckpointError(f"{path}: holds no mapping; remove or restore it")
-            yield path, content
+def _manifests(folder: Path) -> Iterator[tuple[Path, dict]]:
+    for name in (FINAL_MODEL, PERIODIC_MODELS):
+        for path in sorted(folder.glob(f"{name}{MANIFEST_SUFFIX}")):
+            yield path, _mapping(path)
 
 
-def _differences(folder: Path, cfg: CfgNode, engine: str) -> str:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return "its config.yaml is missing, its config digest differs"
-    # It lacks the keys that came after it.
-    there = {**flatten(get_defaults()), **flatten(read_yaml(path))}
-    changed = changed_keys(there, to_dict(cfg), ignored=_not_in_digest(cfg, engine))
-    found = [f"{key} {old} there, {new} now" for key, (old, new) in changed.items()]
-    if not found:
-        return "the content of MODEL.WEIGHTS differs"
-    rest = len(found) - _NUM_DIFFERENCES_SHOWN
-    return "; ".join(found[:_NUM_DIFFERENCES_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+def _mapping(path: Path) -> dict:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a mapping; remove or restore it")
+    return content

@@ -26,6 +26,7 @@ from detection import parallel_trials, trials
 from detection.config import check_processes, load_detection_config
 from detection.engines.base import TrainingStopped
 from detection.engines.select import CHOICES, select_engine
+from detection.run_identity import check_allowed_changes
 from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
@@ -71,6 +72,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--eval-only", action="store_true", help="score MODEL.WEIGHTS, a fine-tuned model's file"
     )
     parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this configuration key (SOLVER.MAX_ITER), or the images and annotations (data), "
+        "differ from what the run was started with; recorded in its checkpoints and results; may "
+        "be repeated",
+    )
+    parser.add_argument(
         "overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change"
     )
     return parser.parse_args(argv)
@@ -89,6 +99,9 @@ def _check_args(args: argparse.Namespace) -> None:
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: allowed are 0 or more "
             "and 1 or more"
         )
+    check_allowed_changes(args.allow_change)
+    if args.allow_change and args.eval_only:
+        raise ConfigError("--eval-only and --allow-change: give one of them; no run is continued")
     if not 0 <= args.machine_rank < args.num_machines:
         raise ConfigError(
             f"--machine-rank {args.machine_rank}: allowed is 0 to {args.num_machines - 1}"
@@ -144,7 +157,9 @@ def _train_or_score(
 ) -> int:
     """What the flags ask for; returns the exit status. Raises: TrainingStopped."""
     engine, why = select_engine(args.engine, cfg, process.device.type)
-    job = trials.prepare(cfg, engine, why, process, eval_only=args.eval_only)
+    job = trials.prepare(
+        cfg, engine, why, process, eval_only=args.eval_only, allow_change=args.allow_change
+    )
     if args.eval_only:
         trials.evaluate_only(job)
         return 0
@@ -172,6 +187,8 @@ def _command_of_trial(args: argparse.Namespace, engine: str, device: str, k: int
     """The command line of the process of trial k under --trials-parallel."""
     command = [sys.executable, str(Path(__file__).resolve()), "--config-file", args.config_file]
     command += ["--only-trial", str(k), "--engine", engine, "--device", device]
+    for name in args.allow_change:
+        command += ["--allow-change", name]
     return [*command, *args.overrides]
 
 

@@ -12,30 +12,34 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from detection.class_names import check_classes
 from detection.config import check_processes
 from detection.data.datasets import DetectionData, check_and_load
 from detection.data.loader import usable_records
 from detection.data.masks import check_masks
 from detection.data.transforms import decoding_of
 from detection.engines.base import Engine, Run, TrainingStopped
+from detection.finished_runs import finished_runs
 from detection.pictures import save_detection_pictures
 from detection.report import write_report
 from detection.run_folder import (
     CONFIG_FILE,
     RESULT_FILE,
     holds_a_run,
-    refuse_other_run,
-    run_digest,
+    set_result_aside,
     write_class_names,
 )
+from detection.run_identity import RunIdentity
 from detection.scoring import metric_in_words, score_detections
 from detection.trial_results import (
+    LEFT_OUT,
     SCORES,
-    finished_result,
+    mark_other_data,
     outcome_in_words,
     scores_in_words,
     summarise,
@@ -46,6 +50,7 @@ from moco import distributed
 from moco.cfgnode import CfgNode, dump_yaml
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError, MocoError, NonFiniteError
+from moco.training.changes import Changes
 from moco.training.checkpoint import sha256_of, write_json_atomic, write_text_atomic
 
 RESULTS_FILE = "results.json"
@@ -61,9 +66,14 @@ class Job:
     process: ProcessInfo
     data: DetectionData
     weights: dict
-    config_digest: str
+    identity: RunIdentity
     base_seed: int
     output_dir: Path
+    allow_change: tuple[str, ...] = ()
+
+    @property
+    def config_digest(self) -> str:
+        return self.identity.config_digest
 
     def run(self, folder: Path, seed: int, *, resume: bool, eval_only: bool = False) -> Run:
         return Run(
@@ -75,6 +85,8 @@ class Job:
             config_digest=self.config_digest,
             resume=resume,
             eval_only=eval_only,
+            identity=self.identity,
+            changes=Changes(self.allow_change, unit="iteration"),
         )
 
     def trial(self, k: int) -> Run:
@@ -82,12 +94,19 @@ class Job:
 
 
 def prepare(
-    cfg: CfgNode, engine: Engine, why: str, process: ProcessInfo, *, eval_only: bool = False
+    cfg: CfgNode,
+    engine: Engine,
+    why: str,
+    process: ProcessInfo,
+    *,
+    eval_only: bool = False,
+    allow_change: Sequence[str] = (),
 ) -> Job:
     """Check the data, the weights and the engine before the first iteration, and say so.
 
     Args:
         why: why this engine was chosen, for the printed lines.
+        allow_change: names of what may differ from the runs that are continued.
     Raises: ConfigError, DataError, CheckpointError.
     """
     if not eval_only:
@@ -97,6 +116,7 @@ def prepare(
     if not eval_only:
         usable_records(data.train_records, cfg)
     check_masks(cfg, data.train_records)
+    unknown = check_classes(cfg, data.class_names, eval_only=eval_only)
     output_dir = _make_output_dir(cfg)
     path = cfg.MODEL.WEIGHTS
     weights = {"path": path, "sha256": sha256_of(find_weights(path)) if path else None}
@@ -106,12 +126,13 @@ def prepare(
         process=process,
         data=data,
         weights=weights,
-        config_digest=run_digest(cfg, weights["sha256"], engine.name),
+        identity=RunIdentity.of(cfg, engine.name, weights["sha256"], data),
         base_seed=max(cfg.SEED, 0),
         output_dir=output_dir,
+        allow_change=tuple(allow_change),
     )
     if process.is_main:
-        _print_summary(job, why, loaded)
+        _print_summary(job, why, "\n".join(filter(None, (loaded, unknown))))
     return job
 
 
@@ -160,13 +181,15 @@ def open_trials(job: Job, num_trials: int) -> list[dict | None]:
     """
     if num_trials < 1:
         raise ConfigError(f"--trials {num_trials}: at least 1 is needed; 5 is usual")
-    trials = [_finished_trial(job, k) for k in range(num_trials)]
+    trials = finished_runs([job.trial(k) for k in range(num_trials)], partial(_say, job))
     distributed.barrier()  # every rank has read the folders before one of them is written to
     if job.process.is_main:
         write_text_atomic(job.output_dir / CONFIG_FILE, dump_yaml(job.cfg))
     for k, result in enumerate(trials):
         if result:
             _say(job, f"trial {k}: finished already, {scores_in_words(result)}")
+        if result and result["status"] != "finished":
+            _say(job, outcome_in_words(k, result))
     return trials
 
 
@@ -189,7 +212,7 @@ def run_trial(job: Job, k: int) -> dict:
 
 def run_only_trial(job: Job, k: int) -> dict:
     """Trial k of a job whose other trials run in processes of their own; returns its result."""
-    return _finished_trial(job, k) or run_trial(job, k)
+    return finished_runs([job.trial(k)], partial(_say, job))[0] or run_trial(job, k)
 
 
 def close_trials(job: Job, trials: Sequence[dict]) -> dict:
@@ -213,13 +236,14 @@ def run_single(job: Job, *, resume: bool) -> dict:
             f"OUTPUT_DIR {folder}: already holds a run; add --resume to continue it, or give "
             "another OUTPUT_DIR"
         )
-    refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, job.base_seed)
-    finished = finished_result(folder)
+    run = job.run(folder, job.base_seed, resume=resume)
+    (finished,) = finished_runs([run], partial(_say, job))
     distributed.barrier()
     if finished is not None:
         _say(job, f"finished already: {scores_in_words(finished)}")
+        if finished["status"] != "finished":
+            _say(job, finished["error"])
         return finished
-    run = job.run(folder, job.base_seed, resume=resume)
     try:
         result = _train_and_score(job, run, pictures=True)
     except TrainingStopped:
@@ -245,14 +269,18 @@ def evaluate_only(job: Job) -> dict:
 def collect(job: Job, trials: Sequence[dict]) -> dict:
     """The content of results.json: what all trials share, the trials, and `summarise`'s fields.
 
+    Trials that trained on other data than the rest are marked as left out of the mean.
     Raises: ConfigError if results of other engines or configurations are among them.
     """
     for trial in trials:
-        identity = (trial["engine"], trial["config_digest"])
-        if identity != (job.engine.name, job.config_digest):
+        # Of a result without "data" the folder's examination has compared the configuration.
+        digest = trial["config_digest"] if "data" in trial else job.config_digest
+        identity = (trial["engine"], digest)
+        if trial["status"] != LEFT_OUT and identity != (job.engine.name, job.config_digest):
             raise ConfigError(
                 f"results of {identity} and {(job.engine.name, job.config_digest)} are not averaged"
             )
+    trials = mark_other_data(trials)
     second = summarise_second_opinion(trials)
     return {
         "engine": job.engine.name,
@@ -262,6 +290,7 @@ def collect(job: Job, trials: Sequence[dict]) -> dict:
         "metric": metric_in_words(job.data, job.cfg),
         "classes_without_test_objects": list(job.data.absent_classes),
         "weights": job.weights,
+        "data": job.identity.data.summary(),
         "num_trials": len(trials),
         **summarise(trials),
         **({"detectron2_evaluator": second} if second else {}),
@@ -275,8 +304,10 @@ def _train_and_score(job: Job, run: Run, *, pictures: bool) -> dict:
         own = run.cfg.clone()
         own.defrost()
         own.OUTPUT_DIR, own.SEED = str(run.output_dir), run.seed
+        set_result_aside(run.output_dir)
         write_text_atomic(run.output_dir / CONFIG_FILE, dump_yaml(own))
         write_class_names(run.output_dir, job.data.class_names)
+        job.identity.data.write_list(run.output_dir)
     job.engine.train(run)
     result = _result(job, run, started, **_score(job, run, pictures=pictures))
     if job.process.is_main:
@@ -331,6 +362,8 @@ def _result(job: Job, run: Run, started: float | None, **scores: object) -> dict
         "metric": metric_in_words(job.data, job.cfg),
         "seed": run.seed,
         "weights": job.weights,
+        "data": job.identity.data.summary(),
+        "changes": run.changes.all(),
         "num_processes": job.process.world_size,
         "seconds": None if started is None else round(time.perf_counter() - started, 1),
         **scores,
@@ -341,12 +374,6 @@ def _versions(job: Job) -> dict[str, str]:
     device = job.process.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {**job.engine.versions(), "device": name}
-
-
-def _finished_trial(job: Job, k: int) -> dict | None:
-    folder, seed = job.trial(k).output_dir, job.base_seed + k
-    refuse_other_run(folder, job.cfg, job.engine.name, job.config_digest, seed)
-    return finished_result(folder)
 
 
 def _say(job: Job, line: str) -> None:

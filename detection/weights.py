@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from detection.weights_file import find_weights, read_weights_file
+from moco.cfgnode import CfgNode
 from moco.errors import CheckpointError
 
 # What a pretrained backbone does not have: the RPN head, the box predictor, the mask head, the
@@ -36,7 +37,21 @@ _LEFTOVERS = {
     r"proposal_generator\.anchor_generator\.cell_anchors\.\d+": "anchors (computed here)",
     r"(stem\.)?fc\.(weight|bias)": "ImageNet classifier",
     r".*\.num_batches_tracked": "batch counters that frozen norms do not have",
+    r"(roi_heads\.)?mask_head\..*": "mask head (MODEL.MASK_ON is False)",
 }
+_CLASS_SCORES = "roi_heads.box_predictor.cls_score."
+_CLASS_BOXES = "roi_heads.box_predictor.bbox_pred."
+_CLASS_MASKS = "roi_heads.mask_head.predictor."
+
+
+@dataclass(frozen=True)
+class ResetTensor:
+    """A tensor of the model that keeps its first values: name, and name and shape in the file."""
+
+    name: str
+    source: str
+    there: tuple[int, ...]
+    here: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class LoadReport:
     mean and variance the file lacks and that were set to 0 and 1;
     `num_trained_without_statistics` of them are not frozen. `dropped` is {what they are: names in
     the file} of tensors with no place in the model. `num_batches_tracked` counters that a file
-    lacks are in none of them.
+    lacks are in none of them. `reset` are those of other classes, left as initialised.
     """
 
     path: Path
@@ -56,6 +71,7 @@ class LoadReport:
     without_statistics: tuple[str, ...] = ()
     num_trained_without_statistics: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
+    reset: tuple[ResetTensor, ...] = ()
 
     def words(self) -> str:
         """One line for the user."""
@@ -65,6 +81,9 @@ class LoadReport:
             line += f" ({', '.join(p + '*' for p in groups)})"
         for what, names in self.dropped.items():
             line += f"; dropped {len(names)}: {what} ({_first(names)})"
+        if self.reset:
+            listed = ", ".join(f"{t.name} {t.there} -> {t.here}" for t in self.reset)
+            line += f"; {len(self.reset)} class-dependent tensors initialised anew: {listed}"
         if self.without_statistics:
             line += (
                 f"; {len(self.without_statistics)} norms without statistics in the file, set to "
@@ -78,13 +97,34 @@ class LoadReport:
         return line
 
 
-def load_backbone_weights(model: torch.nn.Module, path: str | os.PathLike) -> LoadReport:
+def class_dependent(cfg: CfgNode) -> tuple[str, ...]:
+    """What the names of a detector's tensors with a part for each class begin with."""
+    prefixes = [_CLASS_SCORES]
+    if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        prefixes.append(_CLASS_BOXES)
+    if not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
+        prefixes.append(_CLASS_MASKS)
+    return tuple(prefixes)
+
+
+def load_backbone_weights(
+    model: torch.nn.Module,
+    path: str | os.PathLike,
+    *,
+    reset: str = "never",
+    class_dependent: tuple[str, ...] = (),
+) -> LoadReport:
     """Copy a file's weights into `model`, a detector or its feature trunk, in place.
 
     Each tensor of the file must match, by the whole dotted end of its name, exactly one of the
     model, with the same shape, or be one that is known to have no place there (see `LoadReport`).
     What the file lacks must be nothing, or whole sets of `DECLARED_MISSING`; a file of Caffe2 with
     fused norms lacks their statistics. All is checked before anything is copied.
+
+    Args:
+        reset: when the model's tensors that begin with `class_dependent` are left as initialised
+            though the file, of a fine-tuned detector, has them: "never", "always", or with
+            "other classes": where it has another number of classes.
     Raises: CheckpointError naming the missing, unexpected, mismatched or non-finite tensors.
     """
     path = find_weights(path)
@@ -101,6 +141,9 @@ def load_backbone_weights(model: torch.nn.Module, path: str | os.PathLike) -> Lo
     ]
     missing = [name for name in absent if name not in set(fused)]
     _check_missing(missing, list(state), path)
+    anew = _reset_tensors(sources, state, file.tensors, reset, class_dependent)
+    for tensor in anew:
+        del sources[tensor.name]
     for name, source in sources.items():
         _check_tensor(name, state[name], source, file.tensors[source], path)
     with torch.no_grad():
@@ -118,7 +161,29 @@ def load_backbone_weights(model: torch.nn.Module, path: str | os.PathLike) -> Lo
         without_statistics=norms,
         num_trained_without_statistics=sum(_is_trained(model.get_submodule(n)) for n in norms),
         dropped={**file.dropped, **leftovers},
+        reset=anew,
     )
+
+
+def _reset_tensors(
+    sources: Mapping[str, str],
+    state: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    reset: str,
+    class_dependent: tuple[str, ...],
+) -> tuple[ResetTensor, ...]:
+    scores = f"{_CLASS_SCORES}weight"
+    if reset == "never" or scores not in sources:
+        return ()
+    if reset == "other classes" and len(state[scores]) == len(tensors[sources[scores]]):
+        return ()
+    found = [
+        ResetTensor(name, source, tuple(tensors[source].shape), tuple(state[name].shape))
+        for name, source in sources.items()
+        if name.startswith(class_dependent)
+    ]
+    # Only the classes may differ: a predictor of other features is of another network.
+    return tuple(tensor for tensor in found if tensor.there[1:] == tensor.here[1:])
 
 
 def _is_trained(norm: torch.nn.Module) -> bool:

@@ -33,12 +33,14 @@ class WeightsFile:
     """The named tensors of a file, on the CPU, in Detectron2's names.
 
     `dropped` is {what they are: their names in the file}. `fused` marks a file of Caffe2 whose
-    norms are a scale and a bias, without running statistics.
+    norms are a scale and a bias, without running statistics. `class_names` are a detector's, by
+    class id, where the file has them, as checkpoints of this project do.
     """
 
     tensors: dict[str, torch.Tensor]
     dropped: dict[str, list[str]] = field(default_factory=dict)
     fused: bool = False
+    class_names: tuple[str, ...] | None = None
 
 
 def find_weights(path: str | os.PathLike) -> Path:
@@ -79,6 +81,7 @@ def read_weights_file(path: str | os.PathLike) -> WeightsFile:
         converted yet, and for Caffe2's names of another network.
     """
     path = find_weights(path)
+    names = None
     if str(path).endswith(".pkl"):
         arrays, fields = read_pickled_arrays(path)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -87,12 +90,22 @@ def read_weights_file(path: str | os.PathLike) -> WeightsFile:
         content = read_torch_file(path, _KEEP_WEIGHTS)
         tensors = _model_of(content, path)
         author = content.get("__author__")
+        names = _class_names_of(content, path)
     if author == caffe2_names.AUTHOR or caffe2_names.has_caffe2_names(tensors):
         tensors, dropped = caffe2_names.from_caffe2(tensors, str(path))
         fused = not any(name.endswith(".running_var") for name in tensors)
         return WeightsFile(tensors, dropped, fused)
     _refuse_unconverted(tensors, path)
-    return WeightsFile(tensors)
+    return WeightsFile(tensors, class_names=names)
+
+
+def _class_names_of(content: Mapping, path: Path) -> tuple[str, ...] | None:
+    names = content.get("class_names")
+    if names is None or torch.is_tensor(names):
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: 'class_names' is not a list of names; remove or correct it")
+    return tuple(names)
 
 
 def _model_of(content: object, path: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,9 @@ from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
 from detection.data.shapes import make_shapes_dataset
 from detection.engines.base import Run
+from detection.run_identity import RunIdentity
 from moco.distributed import ProcessInfo
+from moco.training.changes import Changes
 
 PROCESS = ProcessInfo(0, 1, 0, torch.device("cpu"))
 NUM_ITERATIONS = 4
@@ -57,16 +59,37 @@ def config(root, **keys):
     return load_detection_config(None, [str(word) for pair in keys.items() for word in pair])
 
 
-def make_run(root, output_dir, *, seed=3, resume=False, eval_only=False, data=None, **keys):
+def make_run(
+    root, output_dir, *, seed=3, resume=False, eval_only=False, data=None, engine=None,
+    allow_change=(), **keys,
+):  # fmt: skip
+    """engine: its name, where the run is to have an identity."""
     cfg = config(root, **keys)
     output_dir.mkdir(parents=True, exist_ok=True)
+    data = data or check_and_load(cfg)
     return Run(
         cfg=cfg,
-        data=data or check_and_load(cfg),
+        data=data,
         output_dir=output_dir,
         seed=seed,
         process=PROCESS,
         config_digest="digest",
         resume=resume,
         eval_only=eval_only,
+        identity=engine and RunIdentity.of(cfg, engine, None, data),
+        changes=Changes(allow_change, unit="iteration"),
     )
+
+
+MAX_ITER, BASE_LR = "SOLVER.MAX_ITER", "SOLVER.BASE_LR"
+NUM_MORE = 2
+
+
+def extend(engine, root, folder, *, allow_change=(MAX_ITER,), **keys):
+    """A run of `engine` of `NUM_MORE` more iterations, which goes on from the one in `folder`."""
+    keys = {"SOLVER__MAX_ITER": NUM_ITERATIONS + NUM_MORE, **keys}
+    run = make_run(
+        root, folder, resume=True, engine=engine.name, allow_change=allow_change, **keys
+    )
+    engine.train(run)
+    return run

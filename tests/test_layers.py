@@ -36,7 +36,7 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.distributed",
     "moco.process_group", "moco.signals", "moco.slots",
-    "moco.training", "moco.training.checkpoint", "moco.training.layouts",
+    "moco.training", "moco.training.changes", "moco.training.checkpoint", "moco.training.layouts",
     "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
     "moco.benchmarks", "moco.benchmarks.record",
     "moco.reporting", "moco.reporting.page",

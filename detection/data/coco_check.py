@@ -77,7 +77,7 @@ class AnnotationReader:
     """Reads the annotations of one file in order; `by_image` collects them by image id.
 
     An annotation becomes {"bbox" [x0, y0, x1, y1], "bbox_mode" 0, "category_id" from 0} with
-    "iscrowd" and "segmentation" where the file has them.
+    "iscrowd" and "segmentation" where the file has them, in a test set "area" too.
 
     Args:
         images: see `read_images`.
@@ -129,6 +129,8 @@ class AnnotationReader:
         if box is None or not self._read_area(where, entry):
             return None
         annotation["bbox"] = box
+        if self._for_scoring and "area" in entry:
+            annotation["area"] = entry["area"]
         given = entry.get("segmentation")
         if not given:
             if self._with_masks and self._for_scoring:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +16,11 @@ import numpy as np
 
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
+from moco.training.changes import Changes
 
 if TYPE_CHECKING:
     from detection.data.datasets import DetectionData
+    from detection.run_identity import RunIdentity
 
 FINAL_MODEL = "model_final.pth"
 PERIODIC_MODELS = "model_[0-9]*.pth"
@@ -44,6 +46,9 @@ class Run:
         resume: continue from the newest verified checkpoint in `output_dir`, if there is one.
         eval_only: predict with cfg.MODEL.WEIGHTS instead of the run's own final model.
         progress: print progress lines (metrics.json is written either way).
+        identity: what checkpoints are compared with and hold; None (benchmarks, single images):
+            only the digest is.
+        changes: what may differ from the checkpoint that is continued, and then what did.
     """
 
     cfg: CfgNode
@@ -55,6 +60,8 @@ class Run:
     resume: bool = False
     eval_only: bool = False
     progress: bool = True
+    identity: RunIdentity | None = None
+    changes: Changes = field(default_factory=lambda: Changes(unit="iteration"))
 
 
 class Engine(Protocol):

@@ -82,7 +82,7 @@ class Detectron2Engine:
         batch_share(run.cfg, run.process.world_size)
         usable_records(run.data.train_records, run.cfg)
         path = session.state_to_resume(run) if run.resume else None
-        if path is not None and path.name == FINAL_MODEL:
+        if path is not None and session.is_complete(run, path):
             return
         with logs_to_file(run), loader_errors_in_one_line():
             trainer = _build_trainer(run)
@@ -197,20 +197,21 @@ def _build_model(theirs) -> torch.nn.Module:
 def _load_weights(model: torch.nn.Module, cfg: CfgNode, *, eval_only: bool) -> str:
     """Load cfg.MODEL.WEIGHTS by Detectron2's checkpointer, held to what the strict loader says.
 
-    Returns: what was loaded, in words.
-    Raises: CheckpointError, also where the checkpointer loads anything otherwise.
+    Returns what was loaded. Raises: CheckpointError, also where theirs loads anything otherwise.
     """
     from detectron2.checkpoint import DetectionCheckpointer
 
     class SafeCheckpointer(DetectionCheckpointer):
         def _load_file(self, filename):
             # Its own reader would unpickle a .pkl, which can run code.
-            return {"model": read_weights_file(filename).tensors, "matching_heuristics": True}
+            kept = {n: t for n, t in read_weights_file(filename).tensors.items() if n not in reset}
+            return {"model": kept, "matching_heuristics": True}
 
-    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    line = session.load_initial_weights(model, cfg, eval_only=eval_only)
     if not cfg.MODEL.WEIGHTS:
-        return line
+        return session.load_initial_weights(model, cfg, eval_only=eval_only)
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = session.load_weights_file(model, cfg, eval_only=eval_only)
+    reset = {tensor.source for tensor in report.reset}
     wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(initial)
     SafeCheckpointer(model).load(str(find_weights(cfg.MODEL.WEIGHTS)))
@@ -220,7 +221,7 @@ def _load_weights(model: torch.nn.Module, cfg: CfgNode, *, eval_only: bool) -> s
             f"{cfg.MODEL.WEIGHTS}: Detectron2 loads {len(wrong)} tensors otherwise than the file "
             f"says ({', '.join(wrong[:3])} ...); convert the file again, or use --engine embedded"
         )
-    return line
+    return report.words()
 
 
 def _check_schedule(theirs, model: torch.nn.Module) -> None:

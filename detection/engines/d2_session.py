@@ -177,13 +177,28 @@ def load_model(run: Run, path: Path, model: torch.nn.Module) -> dict:
 def resume(run: Run, trainer, path: Path) -> None:
     """Go on from the state in `path`. Raises: CheckpointError where it does not fit."""
     content = load_model(run, path, trainer.checkpointer.model)
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in _groups(trainer)]
     _load_strictly(path, trainer, content["trainer"])
+    if run.changes.new:
+        _keep_settings(trainer, settings)
     trainer.start_iter = content["iteration"] + 1
     say(
         run,
         f"resuming from {path} at iteration {trainer.start_iter}; Detectron2 draws images and "
         "random numbers anew, so the result will not equal an uninterrupted run's",
     )
+
+
+def _groups(trainer) -> list[dict]:
+    return trainer.optimizer.param_groups
+
+
+def _keep_settings(trainer, settings: Sequence[dict]) -> None:
+    """The configuration's rates, decay and momentum, not the checkpoint's, as they were changed."""
+    trainer.scheduler.base_lrs = [group["initial_lr"] for group in settings]
+    rates = trainer.scheduler.get_lr()
+    for group, own, rate in zip(_groups(trainer), settings, rates, strict=True):
+        group.update({**own, "lr": rate})
 
 
 def train(run: Run, trainer) -> None:

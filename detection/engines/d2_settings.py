@@ -15,6 +15,7 @@ UNDERSTOOD_KEYS = (
     "DATASETS.COCO_FILES",
     "DATALOADER.STREAM",  # Detectron2 has its own stream whatever is asked for
     "INPUT.MAX_IMAGE_PIXELS",
+    "MODEL.RESET_PREDICTORS",
     "TEST.ROUND_DETECTIONS",
     "SOLVER.PROGRESS_PERIOD",
 )

@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torchvision
 
 from detection.engines.base import FINAL_MODEL, Run, TrainingStopped
-from detection.engines.run_files import newest_state, periodic_path
-from detection.weights import load_backbone_weights
+from detection.engines.run_files import iterations_done, newest_state, periodic_path
+from detection.weights import LoadReport, class_dependent, load_backbone_weights
 from moco import distributed
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo
@@ -47,31 +47,50 @@ def load_initial_weights(model: torch.nn.Module, cfg: CfgNode, *, eval_only: boo
 
     Raises: CheckpointError, see `load_backbone_weights`; ConfigError for "" with `eval_only`.
     """
-    path = cfg.MODEL.WEIGHTS
-    if not path:
+    if not cfg.MODEL.WEIGHTS:
         if eval_only:
             raise ConfigError("MODEL.WEIGHTS is '', --eval-only needs a fine-tuned model's file")
         return "random initialisation (MODEL.WEIGHTS is '')"
-    report = load_backbone_weights(model, path)
+    return load_weights_file(model, cfg, eval_only=eval_only).words()
+
+
+def load_weights_file(model: torch.nn.Module, cfg: CfgNode, *, eval_only: bool) -> LoadReport:
+    """Load the file of cfg.MODEL.WEIGHTS; in training it may be a detector of other classes."""
+    path = cfg.MODEL.WEIGHTS
+    when = "always" if cfg.MODEL.RESET_PREDICTORS else "other classes"
+    report = load_backbone_weights(
+        model,
+        path,
+        reset="never" if eval_only else when,
+        class_dependent=class_dependent(cfg),
+    )
     if eval_only and report.missing:
         raise CheckpointError(
             f"{path}: lacks {len(report.missing)} tensors of the detector "
             f"({', '.join(sorted(report.missing)[:3])} ...); --eval-only needs a fine-tuned model, "
             f"e.g. {FINAL_MODEL} of a run"
         )
-    return report.words()
+    return report
 
 
 def state_to_resume(run: Run) -> Path | None:
     """The newest verified checkpoint of the run, None where it has none; says which, and why."""
-    path, refused = newest_state(run.output_dir)
+    num_iterations = run.cfg.SOLVER.MAX_ITER
+    path, refused = newest_state(run.output_dir, num_iterations)
     for reason in refused:
         say(run, f"refused: {reason}")
     if path is None:
         say(run, f"nothing to resume in {run.output_dir}: starting at iteration 0")
-    elif path.name == FINAL_MODEL:
+    elif is_complete(run, path):
         say(run, f"{path} is complete: training is not repeated")
     return path
+
+
+def is_complete(run: Run, path: Path) -> bool:
+    """Whether `path` is the final model of all iterations; a finished run may be extended."""
+    num_done = iterations_done(path)
+    is_final = path.name == FINAL_MODEL
+    return is_final and (num_done is None or num_done >= run.cfg.SOLVER.MAX_ITER)
 
 
 @dataclass

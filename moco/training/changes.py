@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from moco.cfgnode import did_you_mean, flatten
 from moco.config import DIGEST_EXCLUDE, get_defaults
 from moco.errors import ConfigError
 from moco.training.identity import ACCUMULATION, DATA
+
+
+def check_names(
+    names: Sequence[str],
+    known: Collection[str],
+    *,
+    free: Sequence[str] = (),
+    fixed: Mapping[str, str] | None = None,
+    example: str,
+) -> None:
+    """Raise ConfigError for a name that `--allow-change` cannot let differ.
+
+    Args:
+        known: the configuration's keys, in full.
+        free: keys, and sections of keys, that change no number.
+        fixed: name -> why it cannot change, and what to do.
+        example: a key, for the message.
+    """
+    fixed = fixed or {}
+    for name in names:
+        if name in fixed:
+            raise ConfigError(f"--allow-change: {name} {fixed[name]}")
+        if name not in (*known, DATA):
+            raise ConfigError(
+                f"--allow-change: unknown name {name!r}{did_you_mean(name, (*known, DATA))}; "
+                f"allowed: a configuration key in full, such as {example}, or {DATA}"
+            )
+        if f"{name}.".startswith(tuple(f"{key}." for key in free)):
+            raise ConfigError(
+                f"--allow-change: {name} changes no number and may always differ; leave it out"
+            )
+
+
+def pretraining_changes(allowed: Sequence[str] = ()) -> Changes:
+    """Raises: ConfigError for a name that cannot be allowed in pretraining."""
+    fixed = {ACCUMULATION: "goes with the number of processes; give --elastic"}
+    known = flatten(get_defaults())
+    check_names(allowed, known, free=DIGEST_EXCLUDE, fixed=fixed, example="TRAIN.LR")
+    return Changes(allowed)
 
 
 @dataclass(frozen=True)
@@ -26,27 +65,12 @@ class Changes:
     """The changes of a run, of all its starts.
 
     Args:
-        allowed: names that may differ at this start.
-    Raises: ConfigError for a name that cannot be allowed.
+        allowed: names that may differ at this start, see `check_names`.
+        unit: what is counted in `Change.step`, for the lines.
     """
 
-    def __init__(self, allowed: Sequence[str] = ()):
-        known = {*flatten(get_defaults()), DATA}
-        for name in allowed:
-            if name not in known:
-                raise ConfigError(
-                    f"--allow-change: unknown name {name!r}{did_you_mean(name, known)}; allowed: "
-                    f"a configuration key in full, such as TRAIN.LR, or {DATA}"
-                )
-            if name == ACCUMULATION:
-                raise ConfigError(
-                    f"--allow-change: {name} goes with the number of processes; give --elastic"
-                )
-            if f"{name}.".startswith(tuple(f"{key}." for key in DIGEST_EXCLUDE)):
-                raise ConfigError(
-                    f"--allow-change: {name} changes no number and may always differ; leave it out"
-                )
-        self.allowed = tuple(allowed)
+    def __init__(self, allowed: Sequence[str] = (), *, unit: str = "step"):
+        self.allowed, self._unit = tuple(allowed), unit
         self.before: list[dict] = []  # of earlier starts, from the checkpoint
         self.new: list[dict] = []
 
@@ -58,7 +82,8 @@ class Changes:
         made = [Change(n, *differences[n], step) for n in self.allowed if n in differences]
         self.new = [asdict(change) for change in made]
         return [
-            f"--allow-change: {change.name} {change.before!r} -> {change.now!r} from step {step} on"
+            f"--allow-change: {change.name} {change.before!r} -> {change.now!r} from {self._unit} "
+            f"{step} on"
             for change in made
         ]
 

@@ -24,7 +24,7 @@ from moco.signals import caught_signals
 from moco.training import acceleration, state
 from moco.training.agreement import check_ranks, check_same_job, say_that_ranks_agree
 from moco.training.batch import build_loader, check_batch
-from moco.training.changes import Changes
+from moco.training.changes import pretraining_changes
 from moco.training.evaluations import Evaluate, Evaluations
 from moco.training.guard import StepGuard, skips_updates
 from moco.training.health import Health
@@ -77,7 +77,7 @@ class Trainer:
         self.method: Method = build_method(cfg, len(source)).to(process.device)
         acceleration.accelerate_(self.method, cfg)
         self.optimizer = build_optimizer(cfg, self.method)
-        self.first_step, self.changes = 0, Changes(allow_change)
+        self.first_step, self.changes = 0, pretraining_changes(allow_change)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,

@@ -15,6 +15,8 @@ from moco.errors import CheckpointError, ConfigError
 
 command_line = load_tool("compare_trials")
 A, B = (50.0, 53.0, 51.0), (49.0, 51.5, 49.5)
+PART = {"digest": "0" * 16, "images": 9, "boxes": 20}
+DATA = {"train": PART, "test": PART}
 CONFIG = {"SEED": 0, "OUTPUT_DIR": "x", "SOLVER": {"BASE_LR": 0.02}, "MODEL": {"WEIGHTS": "a"}}
 
 
@@ -39,6 +41,7 @@ def make_run(tmp_path):
             "engine": "embedded", "versions": {"torch": "2.10"}, "config_digest": "0" * 16,
             "dataset": "voc_2007_test", "metric": "VOC 2007 (11-point), detections rounded",
             "weights": {"path": f"{name}.pth", "sha256": "f" * 64}, "num_trials": len(trials),
+            "data": DATA,
             **summarise(trials), "trials": trials, **changes,
         }  # fmt: skip
         folder = tmp_path / name
@@ -133,7 +136,7 @@ def test_an_undefined_score_has_no_difference(make_run):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"dataset": "bccd_test"}, "have dataset 'voc_2007_test' and 'bccd_test'"),
+        ({"dataset": "bccd_test", "data": None}, "have dataset 'voc_2007_test' and 'bccd_test'"),
         ({"metric": "COCO"}, "have metric"),
         ({"trials": [trial(0, 1.0), FAILED]}, "has 1 finished trials; at least 2"),
         ({"trials": [{**trial(k, 1.0), "per_class": {"cow": {}}} for k in (0, 1)]}, "have classes"),
@@ -179,3 +182,40 @@ def test_command_line(make_run, tmp_path, capsys):
     assert call(a, b, "--level", "2") == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "allowed suffixes: .md, .json" in errors[0]
+
+
+def other(part, **changes):
+    return {**DATA, part: {**PART, "digest": "1" * 16, **changes}}
+
+
+def test_runs_are_compared_by_what_their_test_data_are_not_by_their_name(make_run):
+    a = read_run(make_run("a", A))
+    moved = read_run(make_run("b", B, dataset="copy_of_test"))
+    assert compare(a, moved)["warnings"] == []
+    edited = read_run(make_run("c", B, data=other("test", boxes=21)))
+    with pytest.raises(ConfigError, match="9 images, 20 boxes .* 9 images, 21 boxes"):
+        compare(a, edited)
+
+
+def test_other_training_data_and_unknown_data_are_said(make_run):
+    a = read_run(make_run("a", A))
+    [line] = compare(a, read_run(make_run("b", B, data=other("train", images=8))))["warnings"]
+    assert line == "training data differ: 9 images, 20 boxes | 8 images, 20 boxes"
+    old = make_run("c", B)
+    content = json.loads((old / "results.json").read_text())
+    del content["data"]
+    (old / "results.json").write_text(json.dumps(content))
+    [line] = compare(a, read_run(old))["warnings"]
+    assert "c: is older than fingerprints of data" in line
+    content["dataset"] = "another"
+    (old / "results.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="have dataset 'voc_2007_test' and 'another'"):
+        compare(a, read_run(old))
+
+
+def test_trials_left_out_are_said(make_run):
+    trials = [{**trial(0, 50.0), "status": "left out"}, trial(1, 51.0), trial(2, 52.0)]
+    a = read_run(make_run("a", A, trials=trials, **summarise(trials)))
+    comparison = compare(a, read_run(make_run("b", B)))
+    assert "1 trials of other data or settings are left out" in comparison["warnings"][0]
+    assert comparison["a"]["seeds"] == [1, 2]

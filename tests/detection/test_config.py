@@ -46,6 +46,7 @@ def test_extra_keys_have_their_defaults():
         "TEST.AMP.ENABLED": False,
         "MODEL.CHANNELS_LAST": False,
         "MODEL.COMPILE": "eager",
+        "MODEL.RESET_PREDICTORS": False,
         "SOLVER.PROGRESS_PERIOD": 20,
         "DATALOADER.STREAM": "stateless",
     }

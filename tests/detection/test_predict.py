@@ -178,6 +178,10 @@ def test_class_names_from_the_result_or_the_configuration(trained, tmp_path):
     (folder / "classes.json").unlink()
     assert find_model(folder).class_names == NAMES  # DATASETS.VOC_CLASSES
     (folder / "result.json").write_text(json.dumps({"per_class": {"x": {}, "y": {}, "z": {}}}))
+    with pytest.raises(ConfigError, match=r"classes \(x, y, z\); those of .* are \(cat, dog, bird"):
+        find_model(folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("/nowhere/data", "''"))
     assert find_model(folder).class_names == ("x", "y", "z")
     alone = tmp_path / "model.pth"
     shutil.copy(trained / "model_final.pth", alone)

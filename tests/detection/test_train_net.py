@@ -116,6 +116,38 @@ def test_single_run_then_eval_only(config, tmp_path, capsys):
     assert again["weights"]["sha256"] and not (out / "result.json").exists()
 
 
+def test_a_finished_run_is_extended_by_allow_change(config, tmp_path, capsys):
+    words = ("OUTPUT_DIR", tmp_path)
+    assert call(config, *words) == 0
+    longer = (*words, "SOLVER.MAX_ITER", "4")
+    assert call(config, "--resume", *longer) == 2
+    assert "SOLVER.MAX_ITER 3 there, 4 now" in capsys.readouterr().err
+    assert call(config, "--resume", "--allow-change", "SOLVER.MAX_ITER", *longer) == 0
+    assert "SOLVER.MAX_ITER 3 -> 4 from iteration 3 on" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["changes"][0]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--allow-change", "SOLVER.MAX_ITR"], "did you mean 'SOLVER.MAX_ITER'"),
+        (["--eval-only", "--allow-change", "data"], "no run is continued"),
+    ],
+)
+def test_allow_change_that_means_nothing_is_refused(config, tmp_path, capsys, flags, words):
+    assert call(config, *flags, "OUTPUT_DIR", tmp_path) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_process_of_parallel_trials_is_told_what_may_change():
+    flags = ["--config-file", "x", "--allow-change", "data", "--allow-change", "SOLVER.MAX_ITER"]
+    args = train_net.parse_args([*flags, "SOLVER.MAX_ITER", "9"])
+    command = train_net._command_of_trial(args, "embedded", "cpu", 1)
+    again = train_net.parse_args(command[2:])
+    assert again.allow_change == ["data", "SOLVER.MAX_ITER"] and again.only_trial == 1
+    assert again.overrides == ["SOLVER.MAX_ITER", "9"]
+
+
 def test_failed_trial_gives_status_1(config, tmp_path, capsys):
     words = ("SOLVER.BASE_LR", "1e18", "SOLVER.WARMUP_ITERS", "0", "OUTPUT_DIR", tmp_path)
     assert call(config, "--trials", "1", *words) == train_net.EXIT_FAILED_TRIAL

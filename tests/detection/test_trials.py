@@ -127,6 +127,7 @@ def test_trials_have_their_own_seed_folder_and_result(make_job, engine, tmp_path
     assert results["std"]["AP50"] == pytest.approx(abs(first["AP50"] - second["AP50"]) / 2**0.5)
     fields = {"engine", "versions", "config_digest", "dataset", "metric", "seed", "status", "error"}
     fields |= {"AP", "AP50", "AP75", "per_class", "seconds", "weights", "num_processes"}
+    fields |= {"data", "changes"}
     assert first.keys() == fields and first["per_class"].keys() == set(CLASSES)
     assert (out / "trial_0" / "pictures" / "contact_sheet.png").is_file()
     assert not (out / "trial_1" / "pictures").exists()

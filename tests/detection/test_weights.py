@@ -13,6 +13,7 @@ from detection.config import load_detection_config
 from detection.convert import convert_checkpoint
 from detection.engines.embedded.faster_rcnn import build_model
 from detection.engines.embedded.resnet_c4 import feature_trunk
+from detection.engines.session import load_weights_file
 from detection.keymap import ResNetShape
 from detection.weights import DECLARED_MISSING, LoadReport, load_backbone_weights
 from detection.weights_file import read_weights_file
@@ -139,6 +140,90 @@ def test_a_fine_tuned_file_of_other_classes_is_refused(tmp_path):
     torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
     match = r"fine-tuned for 3 classes, MODEL\.ROI_HEADS\.NUM_CLASSES is 20; set it to 3"
     refused(detector(), tmp_path / "other.pth", match)
+
+
+OTHER_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "3")
+PREDICTORS = [
+    f"roi_heads.{name}.{kind}"
+    for name in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor")
+    for kind in ("weight", "bias")
+]
+
+
+def start_from(model, cfg_overrides, path):
+    """The report, and the names of the tensors that kept their first values."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cfg = load_detection_config(None, [*OVERRIDES, *cfg_overrides, "MODEL.WEIGHTS", str(path)])
+    report = load_weights_file(model, cfg, eval_only=False)
+    after = model.state_dict()
+    return report, [name for name in after if torch.equal(after[name], before[name])]
+
+
+def randomised(model):
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1)
+    return model
+
+
+@pytest.mark.parametrize("mask_on", ["True", "False"])
+def test_a_detector_of_other_classes_is_a_start(tmp_path, mask_on):
+    """Its class-dependent tensors stay as initialised and are named with both shapes."""
+    masks = ("MODEL.MASK_ON", mask_on)
+    other = randomised(detector(*OTHER_CLASSES, *masks))
+    torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
+    torch.manual_seed(0)
+    model = detector(*masks)
+    report, kept = start_from(model, masks, tmp_path / "other.pth")
+    wanted = [name for name in PREDICTORS if mask_on == "True" or "mask" not in name]
+    assert [tensor.name for tensor in report.reset] == wanted
+    assert [name for name in kept if "num_batches_tracked" not in name] == wanted
+    assert f"{len(wanted)} class-dependent tensors initialised anew" in report.words()
+    assert "cls_score.weight (4, 256) -> (21, 256)" in report.words()
+    assert "bbox_pred.bias (12,) -> (80,)" in report.words()
+
+
+def test_equal_numbers_of_classes_keep_their_tensors_unless_asked(tmp_path):
+    path = tmp_path / "same.pth"
+    torch.save({"model": randomised(detector()).state_dict()}, path)
+    report, kept = start_from(detector(), (), path)
+    assert report.reset == () and not any("predictor" in name for name in kept)
+    report, kept = start_from(detector(), ("MODEL.RESET_PREDICTORS", "True"), path)
+    assert [tensor.name for tensor in report.reset] == PREDICTORS[:4]
+    assert set(PREDICTORS[:4]) <= set(kept)
+
+
+def test_what_does_not_depend_on_classes_is_taken(tmp_path):
+    agnostic = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
+    path = tmp_path / "other.pth"
+    torch.save({"model": randomised(detector(*OTHER_CLASSES, *agnostic)).state_dict()}, path)
+    report, kept = start_from(detector(*agnostic), agnostic, path)
+    assert [tensor.name for tensor in report.reset] == PREDICTORS[:2]
+
+
+def test_only_classes_may_differ(tmp_path):
+    """A predictor of other features is of another network; the model stays as it was."""
+    state = randomised(detector(*OTHER_CLASSES)).state_dict()
+    state["roi_heads.box_predictor.bbox_pred.weight"] = torch.zeros(12, 99)
+    torch.save({"model": state}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"bbox_pred.weight' has shape \(12, 99\)"):
+        start_from(detector(), (), tmp_path / "other.pth")
+
+
+def test_a_detector_with_masks_is_a_start_for_one_without(tmp_path):
+    other = randomised(detector("MODEL.MASK_ON", "True"))
+    torch.save({"model": other.state_dict()}, tmp_path / "masks.pth")
+    report, _ = start_from(detector(), (), tmp_path / "masks.pth")
+    assert len(report.dropped["mask head (MODEL.MASK_ON is False)"]) == 4
+
+
+def test_evaluation_refuses_a_detector_of_other_classes(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"model": detector(*OTHER_CLASSES).state_dict()}, path)
+    cfg = load_detection_config(None, [*OVERRIDES, "MODEL.WEIGHTS", str(path)])
+    with pytest.raises(CheckpointError, match="is fine-tuned for 3 classes"):
+        load_weights_file(detector(), cfg, eval_only=True)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(folder, tmp_path):

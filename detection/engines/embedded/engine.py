@@ -27,6 +27,7 @@ from detection.engines.progress import Progress
 from detection.engines.session import (
     StopFlag,
     gather_detections,
+    is_complete,
     load_initial_weights,
     loss_problem,
     save_if_due,
@@ -203,7 +204,7 @@ def _resume(
     path = state_to_resume(run)
     if path is None:
         return 0
-    if path.name == FINAL_MODEL:
+    if is_complete(run, path):
         return None
     start = load_state(run, path, model, optimizer, randomness) + 1
     say(run, f"resuming from {path} at iteration {start}")

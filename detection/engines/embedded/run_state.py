@@ -13,7 +13,7 @@ from torch import nn
 
 from detection.engines.base import Run
 from detection.engines.embedded.randomness import Randomness
-from detection.engines.run_files import read_state, write_state
+from detection.engines.run_files import load_optimizer, read_state, write_state
 from moco.errors import CheckpointError
 
 ENGINE = "embedded"
@@ -53,7 +53,7 @@ def load_state(
     try:
         model.load_state_dict(content["model"])
         if optimizer is not None:
-            optimizer.load_state_dict(content["optimizer"])
+            load_optimizer(optimizer, content["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
     if randomness is not None:

@@ -16,8 +16,12 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.modeling import ROI_HEADS_REGISTRY  # noqa: E402
 from detectron2_runs import (  # noqa: E402
+    BASE_LR,
+    MAX_ITER,
     NUM_ITERATIONS,
+    NUM_MORE,
     config,
+    extend,
     make_run,
     make_shapes,
 )
@@ -186,6 +190,69 @@ def test_killed_between_checkpoints_and_resumed_past_damaged_ones(
     assert "model_0000003.pth: has no manifest" in printed
     assert "model_0000001.pth at iteration 2" in printed
     assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_a_finished_run_is_extended(shapes, tmp_path):
+    """It goes on with the optimizer's state, at the rates of the configuration."""
+    engine = Detectron2Engine()
+    short = make_run(shapes, tmp_path, engine=engine.name)
+    engine.train(short)
+    rates = [g["lr"] for g in final_trainer(short)["_trainer"]["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.001] * len(rates))
+    with pytest.raises(CheckpointError, match=r"\(SOLVER.MAX_ITER 4 there, 6 now\)"):
+        extend(engine, shapes, tmp_path, allow_change=())
+    allowed = (MAX_ITER, BASE_LR)
+    extend(engine, shapes, tmp_path, allow_change=allowed, SOLVER__BASE_LR=0.02)
+    records = metrics(short)
+    assert [r["iteration"] for r in records] == list(range(NUM_ITERATIONS + NUM_MORE))
+    assert [r["lr"] for r in records][3:] == pytest.approx([0.001, 0.002, 0.002])
+    content = read_torch_file(tmp_path / "model_final.pth")
+    assert [c["name"] for c in content["changes"]] == [MAX_ITER, BASE_LR]
+    assert content["iteration"] == NUM_ITERATIONS + NUM_MORE - 1
+    assert content["class_names"] == ["circle", "square", "triangle", "cross"]
+    from detection.engines.d2 import _build_model, _detectron2_cfg
+
+    model = _build_model(_detectron2_cfg(short.cfg))
+    DetectionCheckpointer(model).load(str(tmp_path / "model_final.pth"))
+    assert differing(model.state_dict(), content["model"]) == []
+    # The same again: nothing is left to train.
+    extend(engine, shapes, tmp_path, allow_change=(), SOLVER__BASE_LR=0.02)
+    assert len(metrics(short)) == NUM_ITERATIONS + NUM_MORE
+
+
+def final_trainer(run):
+    return read_torch_file(run.output_dir / "model_final.pth")["trainer"]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_detector_of_other_classes_is_a_start_as_for_the_embedded_engine(
+    shapes, finished, tmp_path, reset
+):
+    """Its class-dependent tensors stay as initialised; where asked so do those of equal shape."""
+    keys = {"MODEL__WEIGHTS": finished.output_dir / "model_final.pth"}
+    if reset:
+        keys |= {"MODEL__RESET_PREDICTORS": True}
+    else:
+        keys |= {"DATASETS__VOC_CLASSES": ("a", "b"), "MODEL__ROI_HEADS__NUM_CLASSES": 2}
+    cfg = config(shapes, **keys)
+    line = Detectron2Engine().check(cfg, eval_only=False)
+    shape = (5, 256) if reset else (3, 256)
+    assert f"cls_score.weight (5, 256) -> {shape}" in line
+    assert "4 class-dependent tensors initialised anew" in line
+    assert EmbeddedEngine().check(cfg, eval_only=False) == line
+    from detection.engines.d2 import _build_model, _detectron2_cfg, _load_weights
+
+    torch.manual_seed(0)
+    model = _build_model(_detectron2_cfg(cfg))
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _load_weights(model, cfg, eval_only=False)
+    kept = [n for n, t in model.state_dict().items() if torch.equal(t, first[n])]
+    predictors = [name for name in first if "box_predictor" in name]
+    assert len(predictors) == 4 and set(predictors) <= set(kept)
+    assert not any(name.endswith(("conv1.weight", "rpn_head.conv.weight")) for name in kept)
+    if not reset:
+        with pytest.raises(CheckpointError, match="fine-tuned for 4 classes"):
+            Detectron2Engine().check(cfg, eval_only=True)
 
 
 def test_finished_run_is_not_repeated(shapes, finished):

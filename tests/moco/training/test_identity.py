@@ -10,7 +10,7 @@ from moco.cfgnode import digest, flatten
 from moco.config import DIGEST_EXCLUDE, LATER_KEYS, unused_later_keys
 from moco.errors import CheckpointError, ConfigError
 from moco.training import state
-from moco.training.changes import Changes
+from moco.training.changes import Changes, pretraining_changes
 from moco.training.identity import RunIdentity, code_digest
 
 SOURCE = SimpleNamespace(paths=("a.png", "b.png"))
@@ -86,7 +86,7 @@ def test_changes_of_all_starts_are_listed_and_unused_names_said():
 )
 def test_a_name_that_cannot_be_allowed_is_refused(name, message):
     with pytest.raises(ConfigError, match=f"--allow-change: .*{message}"):
-        Changes([name])
+        pretraining_changes([name])
 
 
 def test_other_code_is_said():
