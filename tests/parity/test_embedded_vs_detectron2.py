@@ -22,8 +22,10 @@ from detectron2.solver import build_optimizer as build_their_optimizer  # noqa: 
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
+from torchvision.ops import box_iou  # noqa: E402
 
 from detection.config import load_detection_config  # noqa: E402
+from detection.engines.embedded import roi_heads  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
 from detection.engines.embedded.precise_bn import update_bn_statistics  # noqa: E402
 from detection.engines.embedded.solver import build_optimizer, set_lr  # noqa: E402
@@ -263,6 +265,28 @@ def test_images_without_ground_truth_give_equal_losses(num_boxes):
     their_losses, their_gradients, _ = run_losses(theirs, in_their_form(batch), seed=0)
     assert differing(losses, their_losses) == []
     assert differing(gradients, their_gradients) == []
+
+
+def _batch_with_flat_boxes() -> list[dict]:
+    batch = make_batch()
+    flat = torch.tensor([[30.0, 40.0, 30.0, 90.0], [50.0, 60.0, 50.0, 60.0]])
+    for sample in batch:
+        sample["gt_boxes"] = torch.cat([sample["gt_boxes"], flat])
+        sample["gt_classes"] = torch.cat([sample["gt_classes"], torch.tensor([0, 1])])
+    return batch
+
+
+def test_ground_truth_without_an_area_gives_the_same_losses_and_gradients(monkeypatch):
+    """Both data paths drop such boxes; given all the same, the heads take them as background."""
+    ours, theirs = pair_of_models("moco")
+    batch = _batch_with_flat_boxes()
+    losses, _, state = run_losses(ours, batch, seed=0)
+    their_losses, _, their_state = run_losses(theirs, in_their_form(batch), seed=0)
+    assert differing(losses, their_losses) == [] and torch.equal(state, their_state)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    monkeypatch.setattr(roi_heads, "overlaps", box_iou)  # control: torchvision's way
+    losses, _, _ = run_losses(ours, batch, seed=0)
+    assert not torch.isfinite(losses["loss_box_reg"])
 
 
 def test_no_proposals_at_all_give_equal_results():
