@@ -143,9 +143,14 @@ def _check_run(cfg: CfgNode, where: str) -> None:
     steps = list(cfg.SOLVER.STEPS)
     ok = _are_numbers(steps) and steps == sorted(set(steps)) and all(step >= 1 for step in steps)
     _require(ok, where, "SOLVER.STEPS", cfg.SOLVER.STEPS, "ascending iterations, 1 or more")
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    for key in ("CLIP_VALUE", "NORM_TYPE"):
+        _require(clip[key] > 0, where, f"SOLVER.CLIP_GRADIENTS.{key}", clip[key], "above 0")
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     ok = len(sizes) > 0 and _are_numbers(sizes) and all(size >= 1 for size in sizes)
     _require(ok, where, "INPUT.MIN_SIZE_TRAIN", sizes, "one or more sizes in pixels, 1 or more")
+    period = cfg.TEST.EVAL_PERIOD
+    _require(period >= 0, where, "TEST.EVAL_PERIOD", period, "iterations, or 0 for the end only")
     num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
     _require(num_iter >= 1, where, "TEST.PRECISE_BN.NUM_ITER", num_iter, "1 or more")
     if cfg.DATALOADER.STREAM == "detectron2":  # whose negative SEED means a new one each time

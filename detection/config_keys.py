@@ -23,6 +23,7 @@ EXTRA_KEYS = (
     "MODEL.COMPILE",
     "SOLVER.PROGRESS_PERIOD",
     "DATALOADER.STREAM",
+    "LOG.TENSORBOARD",
 )
 
 _RESNETS = dict(
@@ -202,6 +203,7 @@ DEFAULTS = dict(
         AMP=dict(ENABLED=False),
         ROUND_DETECTIONS=True,
     ),
+    LOG=dict(TENSORBOARD=True),
     OUTPUT_DIR="./output",
     SEED=-1,
     CUDNN_BENCHMARK=False,
@@ -264,11 +266,6 @@ _DEFAULT_ONLY = (
     "DATALOADER.REPEAT_SQRT",
     "SOLVER.NUM_DECAYS",
     "SOLVER.REFERENCE_WORLD_SIZE",
-    "SOLVER.CLIP_GRADIENTS.ENABLED",
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
-    "TEST.EVAL_PERIOD",
     "TEST.EXPECTED_RESULTS",
     "TEST.KEYPOINT_OKS_SIGMAS",
     "TEST.AUG.ENABLED",
@@ -295,6 +292,7 @@ UNSUPPORTED: dict[str, tuple] = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
     "DATALOADER.STREAM": ("stateless", "detectron2"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATASETS.VOC_METRIC": (2007, 2012),

@@ -16,6 +16,7 @@ UNDERSTOOD_KEYS = (
     "DATALOADER.STREAM",  # Detectron2 has its own stream whatever is asked for
     "TEST.ROUND_DETECTIONS",
     "SOLVER.PROGRESS_PERIOD",
+    "LOG.TENSORBOARD",
 )
 
 

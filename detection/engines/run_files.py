@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS, Run
+from detection.engines.base import BEST_MODEL, FINAL_MODEL, PERIODIC_MODELS, Run
 from moco.errors import CheckpointError
 from moco.training.checkpoint import (
     read_torch_file,
@@ -28,15 +28,23 @@ def periodic_path(output_dir: Path, iteration: int) -> Path:
     return output_dir / f"model_{iteration:07d}.pth"
 
 
-def write_state(run: Run, path: Path, content: dict, *, iteration: int, engine: str) -> None:
-    """Write one checkpoint (call it on rank 0 only) and remove older ones but `NUM_KEPT`."""
+def write_state(
+    run: Run, path: Path, content: dict, *, iteration: int, engine: str, **fields: object
+) -> None:
+    """Write one checkpoint (call it on rank 0 only) and remove older ones but `NUM_KEPT`.
+
+    Args:
+        fields: more of the manifest.
+    """
     identity = {
         "iteration": iteration,
         "config_digest": run.config_digest,
         "seed": run.seed,
         "engine": engine,
     }
-    save_checkpoint(path, {**content, **identity}, **identity)
+    save_checkpoint(path, {**content, **identity}, **identity, **fields)
+    if path.name == BEST_MODEL:  # no state to resume from
+        return
     write_text_atomic(run.output_dir / "last_checkpoint", path.name)
     _remove_old(run.output_dir)
 

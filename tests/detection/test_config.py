@@ -46,6 +46,7 @@ def test_extra_keys_have_their_defaults():
         "MODEL.COMPILE": "eager",
         "SOLVER.PROGRESS_PERIOD": 20,
         "DATALOADER.STREAM": "stateless",
+        "LOG.TENSORBOARD": True,
     }
 
 
@@ -82,7 +83,7 @@ def test_every_unsupported_key_exists_and_allows_its_default():
         ("MODEL.RPN.IN_FEATURES", "['res5']"),
         ("INPUT.CROP.ENABLED", "True"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-        ("SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "8"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"),
         ("TEST.AUG.ENABLED", "True"),
@@ -118,6 +119,9 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
         ("INPUT.MIN_SIZE_TRAIN", "(480, 'large')"),
         ("INPUT.MIN_SIZE_TRAIN", "()"),
         ("TEST.PRECISE_BN.NUM_ITER", "0"),
+        ("TEST.EVAL_PERIOD", "-1"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.0"),
+        ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "-1.0"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(key, value):
