@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from detection.config_keys import DEFAULTS, EXTRA_NORM_HEADS, UNSUPPORTED
+from detection.config_keys import DEFAULTS, EXTRA_NORM_HEADS, UNSUPPORTED, has_basic_blocks
 from moco.cfgnode import CfgNode, get_key, load_config
 from moco.errors import ConfigError
 
@@ -120,6 +120,11 @@ def _check_model(cfg: CfgNode, where: str) -> None:
     for key, least in (("NUM_CONV", 0), ("CONV_DIM", 1)):
         value = model.ROI_MASK_HEAD[key]
         _require(value >= least, where, f"MODEL.ROI_MASK_HEAD.{key}", value, f"{least} or more")
+    if has_basic_blocks(cfg):  # Detectron2 asserts the same, at full width
+        options = model.RESNETS
+        for key, only in (("RES2_OUT_CHANNELS", options.STEM_OUT_CHANNELS), ("NUM_GROUPS", 1)):
+            allowed = f"{only} with DEPTH {options.DEPTH} (basic blocks)"
+            _require(options[key] == only, where, f"MODEL.RESNETS.{key}", options[key], allowed)
     ok = model.RESNETS.NORM != "" or model.ROI_HEADS.NAME != EXTRA_NORM_HEADS
     allowed = f"a norm, as MODEL.ROI_HEADS.NAME is {EXTRA_NORM_HEADS}"
     _require(ok, where, "MODEL.RESNETS.NORM", "", allowed)

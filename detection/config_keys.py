@@ -10,7 +10,7 @@ Source of names and defaults: detectron2/config/defaults.py (Detectron2 0.6).
 
 from __future__ import annotations
 
-from moco.cfgnode import get_key
+from moco.cfgnode import CfgNode, get_key
 
 EXTRA_KEYS = (
     "DATASETS.VOC_ROOT",
@@ -282,7 +282,7 @@ UNSUPPORTED: dict[str, tuple] = {
     **{key: (get_key(DEFAULTS, key),) for key in _DEFAULT_ONLY},
     "MODEL.DEVICE": ("cuda", "cpu"),
     "MODEL.COMPILE": ("eager", "kernels"),
-    "MODEL.RESNETS.DEPTH": (50, 101, 152),
+    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
     "MODEL.RESNETS.NORM": _NORMS,
     "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", EXTRA_NORM_HEADS),
@@ -297,3 +297,8 @@ UNSUPPORTED: dict[str, tuple] = {
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATASETS.VOC_METRIC": (2007, 2012),
 }
+
+
+def has_basic_blocks(cfg: CfgNode) -> bool:
+    """Whether the ResNet is made of basic blocks: two 3x3 convolutions each."""
+    return cfg.MODEL.RESNETS.DEPTH < 50

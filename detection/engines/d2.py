@@ -19,7 +19,7 @@ import PIL
 import torch
 import torch.distributed as dist
 
-from detection.config_keys import EXTRA_NORM_HEADS
+from detection.config_keys import has_basic_blocks
 from detection.data.loader import batch_share, usable_records
 from detection.data.masks import encode_rle
 from detection.engines import d2_problems, d2_session, session
@@ -31,7 +31,7 @@ from detection.engines.d2_session import (
     loader_errors_in_one_line,
     logs_to_file,
 )
-from detection.engines.d2_settings import fill_config, refuse_amp, refuse_keys
+from detection.engines.d2_settings import fill_config, refuse_amp, refuse_keys, refuse_widths
 from detection.weights_file import find_weights, read_weights_file
 from moco import distributed
 from moco.cfgnode import CfgNode
@@ -62,6 +62,7 @@ class Detectron2Engine:
 
     def check(self, cfg: CfgNode, *, eval_only: bool) -> str:
         refuse_keys(cfg)
+        refuse_widths(cfg)
         if not eval_only:
             refuse_amp(cfg, "cuda" if torch.cuda.is_available() else "cpu")
         with logs_to_file(None):
@@ -132,20 +133,30 @@ def _import_all() -> None:
         import detectron2.modeling
         import detectron2.solver  # noqa: F401
 
-    _register_extra_norm_heads()
+    _register_heads()
 
 
-def _register_extra_norm_heads() -> None:
-    """Make MODEL.ROI_HEADS.NAME Res5ROIHeadsExtraNorm known to Detectron2, once a process.
+def _register_heads() -> None:
+    """Make more MODEL.ROI_HEADS.NAME known to Detectron2, once a process.
 
-    The heads of MoCo's benchmark have one more norm at the end of res5 (MoCo v1, appendix; the
-    reference's detection/train_net.py).
+    Res5ROIHeadsExtraNorm, those of MoCo's benchmark, have one more norm at the end of res5 (MoCo
+    v1, appendix; the reference's detection/train_net.py). ...BasicBlocks are for depth 18 and 34:
+    the res5 of Detectron2's own heads has bottlenecks, which a pretrained layer4 does not fit.
     """
     from detectron2.layers import get_norm
+    from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
     from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
-    if EXTRA_NORM_HEADS in ROI_HEADS_REGISTRY:
-        return
+    class Res5ROIHeadsBasicBlocks(Res5ROIHeads):
+        @classmethod
+        def _build_res5_block(cls, cfg):
+            options = cfg.MODEL.RESNETS
+            width, num_blocks = options.RES2_OUT_CHANNELS * 8, 2 if options.DEPTH == 18 else 3
+            blocks = ResNet.make_stage(
+                BasicBlock, num_blocks, in_channels=width // 2, out_channels=width,
+                stride_per_block=[2] + [1] * (num_blocks - 1), norm=options.NORM,
+            )  # fmt: skip
+            return torch.nn.Sequential(*blocks), width
 
     class Res5ROIHeadsExtraNorm(Res5ROIHeads):
         @classmethod
@@ -154,7 +165,14 @@ def _register_extra_norm_heads() -> None:
             res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
             return res5, channels
 
-    ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
+    class Res5ROIHeadsExtraNormBasicBlocks(Res5ROIHeadsExtraNorm, Res5ROIHeadsBasicBlocks):
+        pass
+
+    for heads in (
+        Res5ROIHeadsExtraNorm, Res5ROIHeadsBasicBlocks, Res5ROIHeadsExtraNormBasicBlocks
+    ):  # fmt: skip
+        if heads.__name__ not in ROI_HEADS_REGISTRY:
+            ROI_HEADS_REGISTRY.register(heads)
 
 
 def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
@@ -164,6 +182,8 @@ def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
     theirs = get_cfg()
     fill_config(theirs, cfg)
     theirs.MODEL.DEVICE = "cpu" if run is None else str(run.process.device)
+    if has_basic_blocks(cfg):
+        theirs.MODEL.ROI_HEADS.NAME += "BasicBlocks"
     if run is not None:
         theirs.OUTPUT_DIR, theirs.SEED = str(run.output_dir), run.seed
     return theirs
@@ -172,7 +192,7 @@ def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
 def _build_model(theirs) -> torch.nn.Module:
     from detectron2.modeling import build_model
 
-    _register_extra_norm_heads()
+    _register_heads()
     return build_model(theirs)
 
 
@@ -284,6 +304,7 @@ def _test_mapper(run: Run) -> CheckedMapper:
 def _trained(run: Run) -> torch.nn.Module:
     """The detector of the run, or of MODEL.WEIGHTS with `run.eval_only`, in eval mode."""
     refuse_keys(run.cfg)
+    refuse_widths(run.cfg)
     model = _build_model(_detectron2_cfg(run.cfg, run))
     if run.eval_only:
         _load_weights(model, run.cfg, eval_only=True)

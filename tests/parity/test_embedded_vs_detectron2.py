@@ -25,6 +25,8 @@ from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
 from torchvision.ops import box_iou  # noqa: E402
 
 from detection.config import load_detection_config  # noqa: E402
+from detection.config_keys import has_basic_blocks  # noqa: E402
+from detection.engines.d2 import _register_heads  # noqa: E402
 from detection.engines.embedded import roi_heads  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
 from detection.engines.embedded.precise_bn import update_bn_statistics  # noqa: E402
@@ -74,6 +76,13 @@ MOCO = {
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
     "INPUT.FORMAT": "RGB",
 }
+# Detectron2 builds basic blocks at full width only.
+BASIC = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+}
 CASES = {
     "moco": MOCO,
     "supervised": {},  # Detectron2's defaults: BGR, std 1, stride in the 1x1, FrozenBN, freeze 2
@@ -86,6 +95,7 @@ CASES = {
         "MODEL.RESNETS.NUM_GROUPS": 2,
         "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     },
+    "depth_18": {**MOCO, **BASIC, "MODEL.RESNETS.DEPTH": 18},
     "no_norm": {"MODEL.RESNETS.NORM": "", "MODEL.BACKBONE.FREEZE_AT": 1},
     "other_losses": {
         **MOCO,
@@ -113,7 +123,11 @@ def configs(case: str | dict, **changes):
     pairs = [item for pair in settings.items() for item in pair]
     theirs = get_cfg()
     theirs.merge_from_list(pairs)
-    return load_detection_config(None, pairs), theirs
+    ours = load_detection_config(None, pairs)
+    if has_basic_blocks(ours):
+        _register_heads()
+        theirs.MODEL.ROI_HEADS.NAME += "BasicBlocks"
+    return ours, theirs
 
 
 def pair_of_models(case: str | dict):
@@ -225,6 +239,29 @@ def test_same_seed_at_full_width_gives_the_same_333_tensors():
     ours = build_model(our_cfg)
     assert len(ours.state_dict()) == 333
     assert differing(ours.state_dict(), theirs.state_dict()) == []
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_detectron2s_own_heads_have_another_res5_but_the_backbone_is_equal(depth):
+    """Of its R18-C4 and R34-C4 as they are: no pretrained layer4 fits its bottlenecks."""
+    our_cfg, their_cfg = configs({**MOCO, **BASIC, "MODEL.RESNETS.DEPTH": depth})
+    their_cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    torch.manual_seed(13)
+    theirs = build_theirs(their_cfg)
+    torch.manual_seed(13)
+    ours = build_model(our_cfg)
+    assert differing(ours.backbone.state_dict(), theirs.backbone.state_dict()) == []
+    image = torch.randn(1, 3, 93, 117)
+    for network in (ours, theirs):
+        network.eval()
+    with torch.no_grad():
+        features = ours.backbone(image), theirs.backbone(image)
+        assert torch.equal(features[0]["res4"], features[1]["res4"])
+        ours.backbone.res4[1].conv2.norm.bias += 0.01  # control
+        assert not torch.equal(ours.backbone(image)["res4"], features[1]["res4"])
+    shapes = [tuple(m.roi_heads.res5[0].conv1.weight.shape) for m in (ours, theirs)]
+    assert shapes == [(512, 256, 3, 3), (64, 256, 1, 1)]
+    assert len(theirs.roi_heads.res5) == 3 and hasattr(theirs.roi_heads.res5[0], "conv3")
 
 
 @pytest.mark.parametrize("case", CASES)
