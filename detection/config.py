@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from detection.config_keys import DEFAULTS, EXTRA_NORM_HEADS, UNSUPPORTED
+from detection.config_keys import DEFAULTS, EXTRA_NORM_HEADS, UNSUPPORTED, has_basic_blocks
 from moco.cfgnode import CfgNode, get_key, load_config
 from moco.data.rgb import FULL_RANGE
 from moco.errors import ConfigError
@@ -121,6 +121,11 @@ def _check_model(cfg: CfgNode, where: str) -> None:
     for key, least in (("NUM_CONV", 0), ("CONV_DIM", 1)):
         value = model.ROI_MASK_HEAD[key]
         _require(value >= least, where, f"MODEL.ROI_MASK_HEAD.{key}", value, f"{least} or more")
+    if has_basic_blocks(cfg):  # Detectron2 asserts the same, at full width
+        options = model.RESNETS
+        for key, only in (("RES2_OUT_CHANNELS", options.STEM_OUT_CHANNELS), ("NUM_GROUPS", 1)):
+            allowed = f"{only} with DEPTH {options.DEPTH} (basic blocks)"
+            _require(options[key] == only, where, f"MODEL.RESNETS.{key}", options[key], allowed)
     ok = model.RESNETS.NORM != "" or model.ROI_HEADS.NAME != EXTRA_NORM_HEADS
     allowed = f"a norm, as MODEL.ROI_HEADS.NAME is {EXTRA_NORM_HEADS}"
     _require(ok, where, "MODEL.RESNETS.NORM", "", allowed)
@@ -144,9 +149,14 @@ def _check_run(cfg: CfgNode, where: str) -> None:
     steps = list(cfg.SOLVER.STEPS)
     ok = _are_numbers(steps) and steps == sorted(set(steps)) and all(step >= 1 for step in steps)
     _require(ok, where, "SOLVER.STEPS", cfg.SOLVER.STEPS, "ascending iterations, 1 or more")
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    for key in ("CLIP_VALUE", "NORM_TYPE"):
+        _require(clip[key] > 0, where, f"SOLVER.CLIP_GRADIENTS.{key}", clip[key], "above 0")
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     ok = len(sizes) > 0 and _are_numbers(sizes) and all(size >= 1 for size in sizes)
     _require(ok, where, "INPUT.MIN_SIZE_TRAIN", sizes, "one or more sizes in pixels, 1 or more")
+    period = cfg.TEST.EVAL_PERIOD
+    _require(period >= 0, where, "TEST.EVAL_PERIOD", period, "iterations, or 0 for the end only")
     num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
     _require(num_iter >= 1, where, "TEST.PRECISE_BN.NUM_ITER", num_iter, "1 or more")
     ends = cfg.INPUT.SIXTEEN_BIT_RANGE

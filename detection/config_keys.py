@@ -10,7 +10,7 @@ Source of names and defaults: detectron2/config/defaults.py (Detectron2 0.6).
 
 from __future__ import annotations
 
-from moco.cfgnode import get_key
+from moco.cfgnode import CfgNode, get_key
 
 EXTRA_KEYS = (
     "DATASETS.VOC_ROOT",
@@ -26,6 +26,7 @@ EXTRA_KEYS = (
     "MODEL.RESET_PREDICTORS",
     "SOLVER.PROGRESS_PERIOD",
     "DATALOADER.STREAM",
+    "LOG.TENSORBOARD",
 )
 
 _RESNETS = dict(
@@ -208,6 +209,7 @@ DEFAULTS = dict(
         AMP=dict(ENABLED=False),
         ROUND_DETECTIONS=True,
     ),
+    LOG=dict(TENSORBOARD=True),
     OUTPUT_DIR="./output",
     SEED=-1,
     CUDNN_BENCHMARK=False,
@@ -270,11 +272,6 @@ _DEFAULT_ONLY = (
     "DATALOADER.REPEAT_SQRT",
     "SOLVER.NUM_DECAYS",
     "SOLVER.REFERENCE_WORLD_SIZE",
-    "SOLVER.CLIP_GRADIENTS.ENABLED",
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
-    "TEST.EVAL_PERIOD",
     "TEST.EXPECTED_RESULTS",
     "TEST.KEYPOINT_OKS_SIGMAS",
     "TEST.AUG.ENABLED",
@@ -291,7 +288,7 @@ UNSUPPORTED: dict[str, tuple] = {
     **{key: (get_key(DEFAULTS, key),) for key in _DEFAULT_ONLY},
     "MODEL.DEVICE": ("cuda", "cpu"),
     "MODEL.COMPILE": ("eager", "kernels"),
-    "MODEL.RESNETS.DEPTH": (50, 101, 152),
+    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
     "MODEL.RESNETS.NORM": _NORMS,
     "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", EXTRA_NORM_HEADS),
@@ -301,7 +298,13 @@ UNSUPPORTED: dict[str, tuple] = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
     "DATALOADER.STREAM": ("stateless", "detectron2"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATASETS.VOC_METRIC": (2007, 2012),
 }
+
+
+def has_basic_blocks(cfg: CfgNode) -> bool:
+    """Whether the ResNet is made of basic blocks: two 3x3 convolutions each."""
+    return cfg.MODEL.RESNETS.DEPTH < 50

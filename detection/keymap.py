@@ -15,12 +15,13 @@ import torch
 
 from moco.errors import CheckpointError
 
-# Bottleneck ResNets: depth -> blocks in layer1..layer4 (res2..res5).
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+# depth -> blocks in layer1..layer4 (res2..res5).
+BASIC_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of two 3x3 convolutions
+BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {**BASIC_BLOCKS, **BOTTLENECKS}
 ALLOWED_ARCHS = (
     ", ".join(f"resnet{depth}" for depth in BLOCKS) + " (any width), with the 7x7 ImageNet stem"
 )
-_BASIC_BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
 
 _NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 _NORM = "|".join(_NORM_ENTRIES)
@@ -93,9 +94,10 @@ def _not_understood(name: str, kind: str) -> CheckpointError:
 
 @dataclass(frozen=True)
 class ResNetShape:
-    """What fixes every tensor shape of a bottleneck ResNet.
+    """What fixes every tensor shape of a ResNet.
 
-    Fields are Detectron2's MODEL.RESNETS keys; the defaults are ResNet-50's.
+    Fields are Detectron2's MODEL.RESNETS keys; the defaults are ResNet-50's. Basic blocks (depth 18
+    and 34) have one width, `res2_out_channels`.
     """
 
     depth: int = 50
@@ -126,10 +128,14 @@ class ResNetShape:
             num_out = self.res2_out_channels << stage
             for block in range(num_blocks):
                 at = f"layer{stage + 1}.{block}."
-                add(f"{at}conv1", f"{at}bn1", (width, num_in, 1, 1))
-                add(f"{at}conv2", f"{at}bn2", (width, width, 3, 3))
-                add(f"{at}conv3", f"{at}bn3", (num_out, width, 1, 1))
-                if block == 0:
+                if self.depth in BASIC_BLOCKS:
+                    add(f"{at}conv1", f"{at}bn1", (num_out, num_in, 3, 3))
+                    add(f"{at}conv2", f"{at}bn2", (num_out, num_out, 3, 3))
+                else:
+                    add(f"{at}conv1", f"{at}bn1", (width, num_in, 1, 1))
+                    add(f"{at}conv2", f"{at}bn2", (width, width, 3, 3))
+                    add(f"{at}conv3", f"{at}bn3", (num_out, width, 1, 1))
+                if block == 0 and num_in != num_out:
                     add(f"{at}downsample.0", f"{at}downsample.1", (num_out, num_in, 1, 1))
                 num_in = num_out
         return shapes
@@ -140,8 +146,8 @@ def read_shape(state: Mapping[str, torch.Tensor], where: str) -> ResNetShape:
 
     Args:
         where: what the tensors come from, for messages.
-    Raises: CheckpointError for basic blocks, a CIFAR stem, grouped convolutions, an unknown
-        depth, and for any tensor that is missing, not part of it or of another shape.
+    Raises: CheckpointError for a CIFAR stem, grouped convolutions, an unknown depth, and for any
+        tensor that is missing, not part of it or of another shape.
     """
     blocks = _count_blocks(state)
     allowed = f"allowed: {ALLOWED_ARCHS}"
@@ -149,29 +155,28 @@ def read_shape(state: Mapping[str, torch.Tensor], where: str) -> ResNetShape:
     absent = [name for name in needed if name not in state or state[name].dim() != 4]
     if absent:
         raise CheckpointError(f"{where}: no 4-d tensor {absent[0]!r}, so no ResNet; {allowed}")
-    if "layer1.0.conv3.weight" not in state:
-        arch = _BASIC_BLOCKS.get(blocks, "a ResNet")
-        raise CheckpointError(
-            f"{where}: {arch} of basic blocks has no R50-C4 counterpart in Detectron2; {allowed}; "
-            "pretrain one of those"
-        )
     if tuple(state["conv1.weight"].shape[2:]) == (3, 3):
         raise CheckpointError(
             f"{where}: a CIFAR stem (3x3 conv1, no max-pooling) does not exist in R50-C4, whose "
             f"stem has stride 4; {allowed}; pretrain with MODEL.STEM imagenet"
         )
-    depth = next((d for d, counts in BLOCKS.items() if counts == blocks), None)
+    is_basic = "layer1.0.conv3.weight" not in state
+    of_kind = BASIC_BLOCKS if is_basic else BOTTLENECKS
+    depth = next((d for d, counts in of_kind.items() if counts == blocks), None)
     if depth is None:
-        known = "; ".join(f"resnet{d}: {counts}" for d, counts in BLOCKS.items())
-        raise CheckpointError(f"{where}: layers hold {blocks} blocks; allowed: {known}")
+        known = "; ".join(f"resnet{d}: {counts}" for d, counts in of_kind.items())
+        raise CheckpointError(
+            f"{where}: layers hold {blocks} {'basic blocks' if is_basic else 'bottlenecks'}; "
+            f"allowed: {known}"
+        )
     width, width_in = state["layer1.0.conv2.weight"].shape[:2]
     if width_in != width:
         raise CheckpointError(f"{where}: has grouped convolutions (ResNeXt); {allowed}")
     shape = ResNetShape(
         depth=depth,
         stem_out_channels=state["conv1.weight"].shape[0],
-        res2_out_channels=state["layer1.0.conv3.weight"].shape[0],
-        width_per_group=width,
+        res2_out_channels=state[f"layer1.0.conv{2 if is_basic else 3}.weight"].shape[0],
+        **({} if is_basic else {"width_per_group": width}),
     )
     _check_tensors(state, shape, where)
     return shape

@@ -14,6 +14,7 @@ from detection.report_classes import per_class_table, write_per_class_csv
 from detection.report_coco import coco_table
 from detection.report_curves import write_curves_report
 from detection.report_data import data_lines
+from detection.report_evaluations import evaluations_table
 from moco.errors import ConfigError
 from moco.training.checkpoint import write_atomic, write_text_atomic
 
@@ -89,6 +90,7 @@ def report_text(results: dict, published: dict, curves: str = "") -> str:
         _summary_table(results),
         coco_table(results),
         _trials_table(results),
+        evaluations_table(results),
         _origin(results),
         _published_table(results, published),
         f"![the trials]({PLOT_FILE})",

@@ -43,6 +43,18 @@ def score_detections(
     return scores
 
 
+def flat_scores(scores: Mapping) -> dict[str, float | None]:
+    """What `score_detections` returns by the names that Detectron2 records: bbox/AP, segm/AP50 ...,
+    and with COCO's metric of several classes bbox/AP-<class>."""
+    if "coco" not in scores:
+        return {f"bbox/{name}": scores[name] for name in SCORES}
+    tasks = scores["coco"].items()
+    named = {f"{task}/{name}": value for task, of in tasks for name, value in of.items()}
+    if len(scores["per_class"]) > 1:
+        named |= {f"bbox/AP-{name}": of["AP"] for name, of in scores["per_class"].items()}
+    return named
+
+
 def metric_in_words(data: DetectionData, cfg: CfgNode) -> str:
     """The metric of AP, AP50 and AP75, for results and reports."""
     if data.metric == "coco":

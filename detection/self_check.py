@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from detection.config import get_defaults
 from detection.engines.embedded.resnet_c4 import feature_trunk
-from detection.keymap import BLOCKS, ResNetShape
+from detection.keymap import BASIC_BLOCKS, BLOCKS, ResNetShape
 from moco.errors import CheckpointError
 from moco.seeding import torch_generator
 
@@ -62,7 +62,8 @@ def torchvision_features(
 ) -> dict[str, torch.Tensor]:
     """Outputs of layer1..layer4 of torchvision's ResNet in eval mode, as res2..res5.
 
-    Source: He et al. 2016, table 1, with the stride in the 3x3 convolution as torchvision has it.
+    Source: He et al. 2016, table 1, with the stride in a bottleneck's 3x3 convolution as
+    torchvision has it.
     """
 
     def conv_bn(x, conv: str, bn: str, stride: int = 1):
@@ -78,10 +79,14 @@ def torchvision_features(
         for block in range(num_blocks):
             at = f"layer{stage}.{block}."
             stride = 2 if stage > 1 and block == 0 else 1
-            y = F.relu(conv_bn(x, f"{at}conv1", f"{at}bn1"))
-            y = F.relu(conv_bn(y, f"{at}conv2", f"{at}bn2", stride))
-            y = conv_bn(y, f"{at}conv3", f"{at}bn3")
-            if block == 0:
+            if depth in BASIC_BLOCKS:
+                y = F.relu(conv_bn(x, f"{at}conv1", f"{at}bn1", stride))
+                y = conv_bn(y, f"{at}conv2", f"{at}bn2")
+            else:
+                y = F.relu(conv_bn(x, f"{at}conv1", f"{at}bn1"))
+                y = F.relu(conv_bn(y, f"{at}conv2", f"{at}bn2", stride))
+                y = conv_bn(y, f"{at}conv3", f"{at}bn3")
+            if f"{at}downsample.0.weight" in state:
                 x = conv_bn(x, f"{at}downsample.0", f"{at}downsample.1", stride)
             x = F.relu(x + y)
         features[f"res{stage + 1}"] = x

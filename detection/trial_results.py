@@ -47,7 +47,7 @@ def summarise(trials: Sequence[dict]) -> dict:
         area metric) makes both None.
     """
     finished = [trial for trial in trials if trial["status"] == "finished"]
-    mean, std = _mean_and_std(finished)
+    mean, std = mean_and_std(finished)
     return {
         "num_finished": len(finished),
         "num_failed": sum(trial["status"] == "failed" for trial in trials),
@@ -66,11 +66,12 @@ def summarise_second_opinion(trials: Sequence[dict]) -> dict | None:
     found = [trial["detectron2_evaluator"] for trial in finished if "detectron2_evaluator" in trial]
     if not found:
         return None
-    mean, std = _mean_and_std(found)
+    mean, std = mean_and_std(found)
     return {"mean": mean, "std": std}
 
 
-def _mean_and_std(scored: Sequence[dict]) -> tuple[dict, dict]:
+def mean_and_std(scored: Sequence[dict]) -> tuple[dict, dict]:
+    """Mean and standard deviation (n - 1) by score; None as in `summarise`."""
     mean, std = {}, {}
     for score in SCORES:
         values = [scores[score] for scores in scored]

@@ -1,8 +1,9 @@
 """Trials: the same fine-tuning with several seeds, each in a folder of its own, then the mean.
 
 A folder holds one run only: `config.yaml`, `classes.json`, checkpoints, `metrics.json`,
-`result.json`, `pr_curves.npz`. A result is averaged with others of the same engine and config
-digest only; a failed trial is listed with its error and is no number.
+`tensorboard/`, `result.json`, `pr_curves.npz`, with TEST.EVAL_PERIOD `evaluations.json`. A result
+is averaged with others of the same engine and config digest only; a failed trial is listed with its
+error and is no number.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from detection.data.loader import usable_records
 from detection.data.masks import check_masks
 from detection.data.transforms import decoding_of
 from detection.engines.base import Engine, Run, TrainingStopped
+from detection.engines.evaluations import finish_evaluations
 from detection.finished_runs import finished_runs
 from detection.pictures import save_detection_pictures
 from detection.report import write_report
@@ -311,6 +313,7 @@ def _train_and_score(job: Job, run: Run, *, pictures: bool) -> dict:
     job.engine.train(run)
     result = _result(job, run, started, **_score(job, run, pictures=pictures))
     if job.process.is_main:
+        result |= finish_evaluations(run, result)
         write_json_atomic(run.output_dir / RESULT_FILE, result)
     distributed.barrier()
     return result

@@ -19,7 +19,8 @@ from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
 from detection.data.voc import VOC_CLASSES, load_records, resolve_datasets
 from detection.engines.base import Run
-from detection.engines.d2 import Detectron2Engine, voc_scores
+from detection.engines.d2 import Detectron2Engine
+from detection.engines.d2_scores import voc_scores
 from detection.evaluation.voc_ap import Detections, evaluate_voc
 from moco.benchmarks.record import alternate, compare, table, write_results
 from moco.distributed import ProcessInfo

@@ -20,7 +20,10 @@ What decides about the stream there, for rank r of W with n loader workers and b
 - The workers deliver in turn, image by image, and wide and tall images are then batched apart;
   without grouping each worker makes its own batches, delivered in turn.
 - Precise batch norm has a second loader, without workers: the order starts anew, sizes and flips
-  go on with the main process's numpy, and torch's global generator is drawn from once more.
+  go on with the main process's numpy, and torch's global generator is drawn from once more. With
+  TEST.EVAL_PERIOD it goes on with that loader at each evaluation.
+- An evaluation starts a loader too, which draws from torch's global generator; without workers the
+  main process's numpy draws the (one) size of each test image.
 
 Only the draws are replayed here, in the main process, all workers' numpys included. The images are
 loaded by any number of processes, which draw nothing.
@@ -57,17 +60,26 @@ from moco.cfgnode import CfgNode
 class Detectron2Stream:
     """The stream of one rank from the first image to those of precise batch norm.
 
-    Make it, then call `seed_torch` before the model is built, `training_draws` after, and
-    `precise_bn_draws` at the end; `load` loads either.
+    Make it, then call `seed_torch` before the model is built, `training_draws` after; at each
+    evaluation `precise_bn_draws` and `draw_evaluation`, and at the end the former; `load` loads
+    draws.
 
     Args:
         records: the training records, in Detectron2's order.
         seed: SEED of the run, 0 or more.
+        num_test_images: of this rank.
     Raises: ConfigError, DataError as `train_loader`.
     """
 
     def __init__(
-        self, records: Sequence[dict], cfg: CfgNode, *, seed: int, rank: int, world_size: int
+        self,
+        records: Sequence[dict],
+        cfg: CfgNode,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_test_images: int = 0,
     ):
         self._share = batch_share(cfg, world_size)
         self._records = usable_records(records, cfg)
@@ -77,6 +89,9 @@ class Detectron2Stream:
         self._num_workers = cfg.DATALOADER.NUM_WORKERS
         self._num_iterations = cfg.SOLVER.MAX_ITER
         self._num_precise_bn = cfg.TEST.PRECISE_BN.NUM_ITER
+        self._is_precise = cfg.TEST.PRECISE_BN.ENABLED
+        self._precise_bn: Iterator[list[SampleDraw]] | None = None
+        self._eval_period, self._num_test_images = cfg.TEST.EVAL_PERIOD, num_test_images
         self.main_numpy = np.random.RandomState(seed + rank)
 
     def seed_torch(self) -> None:
@@ -93,16 +108,35 @@ class Detectron2Stream:
         randoms = worker_randoms(base_seed, self._num_workers) or [self.main_numpy]
         # The end keeps a loader that works ahead from draws that belong to precise batch norm.
         draws = itertools.islice(self._batches(randoms), self._num_iterations)
-        deque(itertools.islice(draws, start_iteration), maxlen=0)
+        for num_done in range(1, start_iteration + 1):
+            next(draws)
+            if self._evaluates_after(num_done):
+                if self._is_precise:
+                    deque(self.precise_bn_draws(), maxlen=0)
+                if num_done < start_iteration:  # else the resumed run passes it
+                    self.draw_evaluation()
         return draws
 
     def precise_bn_draws(self) -> Iterator[list[SampleDraw]]:
-        """The TEST.PRECISE_BN.NUM_ITER batches after all of `training_draws` were taken.
+        """The next TEST.PRECISE_BN.NUM_ITER batches of precise batch norm.
 
-        Draws once from torch's global generator.
+        Draws from torch's global generator where they are the first.
         """
+        if self._precise_bn is None:
+            _draw_base_seed()
+            self._precise_bn = self._batches([self.main_numpy])
+        return itertools.islice(self._precise_bn, self._num_precise_bn)
+
+    def draw_evaluation(self) -> None:
+        """What an evaluation draws from torch's global generator and the main process's numpy."""
         _draw_base_seed()
-        return itertools.islice(self._batches([self.main_numpy]), self._num_precise_bn)
+        if self._num_workers == 0:
+            for _ in range(self._num_test_images):
+                self.main_numpy.choice((0, 0))
+
+    def _evaluates_after(self, num_done: int) -> bool:
+        is_inside = num_done < self._num_iterations
+        return self._eval_period > 0 and is_inside and num_done % self._eval_period == 0
 
     def load(self, draws: Iterator[list[SampleDraw]], *, num_processes: int) -> Loader:
         """The samples of `draws`, loaded by any number of processes: it changes none."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from detection.run_identity import RunIdentity
 
 FINAL_MODEL = "model_final.pth"
+BEST_MODEL = "model_best.pth"  # of the evaluations by TEST.EVAL_PERIOD and the last one
 PERIODIC_MODELS = "model_[0-9]*.pth"
 
 Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]

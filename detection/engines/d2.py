@@ -1,6 +1,6 @@
 """The Detectron2 engine: Detectron2's own model, loaders, trainer, precise batch norm, evaluators.
 
-It is the only file that imports Detectron2, and only when the engine is used. What it adds round
+It and `d2_scores` alone import Detectron2, and only when the engine is used. What it adds round
 Detectron2's parts: strict weights, checkpoints that verify, one progress output, an orderly stop.
 Checkpoints have Detectron2's names and layout. As in Detectron2, a resumed run has the model, the
 optimizer and the schedule of the stopped one, but its data stream and random numbers start anew,
@@ -11,39 +11,32 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
 
-from detection.config_keys import EXTRA_NORM_HEADS
-from detection.data.coco_json import scored_file
+from detection.config_keys import has_basic_blocks
 from detection.data.loader import batch_share, usable_records
-from detection.data.masks import decode_rle, encode_rle
-from detection.data.voc import resolve_datasets, scored_folder
+from detection.data.masks import encode_rle
 from detection.engines import d2_problems, d2_session, session
 from detection.engines.base import FINAL_MODEL, Detections, Run
+from detection.engines.d2_scores import SCORES, UNREADABLE, coco_scores, registered, voc_scores
 from detection.engines.d2_session import (
     CheckedLosses,
     CheckedMapper,
     loader_errors_in_one_line,
     logs_to_file,
-    with_box_modes,
 )
-from detection.engines.d2_settings import fill_config, refuse_amp, refuse_keys
+from detection.engines.d2_settings import fill_config, refuse_amp, refuse_keys, refuse_widths
 from detection.weights_file import find_weights, read_weights_file
 from moco import distributed
 from moco.cfgnode import CfgNode
-from moco.errors import CheckpointError, ConfigError, DataError
+from moco.errors import CheckpointError, ConfigError
 from moco.training.checkpoint import verify_manifest
-
-# What Detectron2's evaluators raise for files that this project accepts.
-_UNREADABLE = (AssertionError, AttributeError, LookupError, OSError, SyntaxError, ValueError)
 
 
 class Detectron2Engine:
@@ -69,6 +62,7 @@ class Detectron2Engine:
 
     def check(self, cfg: CfgNode, *, eval_only: bool) -> str:
         refuse_keys(cfg)
+        refuse_widths(cfg)
         if not eval_only:
             refuse_amp(cfg, "cuda" if torch.cuda.is_available() else "cpu")
         with logs_to_file(None):
@@ -94,29 +88,18 @@ class Detectron2Engine:
         distributed.barrier()
 
     def predict(self, run: Run, records: Sequence[dict]) -> Detections:
-        from detectron2.data import build_detection_test_loader
-
-        detections = {}
         if not records:
-            return detections
+            return {}
         with logs_to_file(run), loader_errors_in_one_line():
-            mapper, detect = _detector(run)
-            loader = build_detection_test_loader(
-                list(records), mapper=mapper, num_workers=run.cfg.DATALOADER.NUM_WORKERS
-            )
-            for number, (sample,) in enumerate(loader, start=1):
-                detections[sample["image_id"]] = detect(sample)
-                if number % 500 == 0 or number == len(loader):
-                    session.say(run, f"predicted {number}/{len(loader)} images of rank 0")
-        return session.gather_detections(detections, run.process)
+            return _predict(_trained(run), run, records)
 
     def detector(self, run: Run) -> Callable[[dict], tuple]:
         with logs_to_file(run):
-            mapper, detect = _detector(run)
+            model, mapper = _trained(run), _test_mapper(run)
 
         def detect_quietly(record: dict) -> tuple:
             with logs_to_file(run):
-                return detect(mapper(record))
+                return _detect(model, mapper(record), run)
 
         return detect_quietly
 
@@ -126,14 +109,14 @@ class Detectron2Engine:
         Returns: on rank 0 {"AP", "AP50", "AP75"} and, with masks, "segm": the same of masks.
             Where the evaluator fails, the three are None and "reason" says why. Elsewhere {}.
         """
-        evaluate = _evaluate_coco if run.data.metric == "coco" else voc_scores
+        evaluate = coco_scores if run.data.metric == "coco" else voc_scores
         try:
             with logs_to_file(run), contextlib.redirect_stdout(io.StringIO()):
                 return evaluate(run, records, detections)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
         session.say(run, f"Detectron2's own evaluator gives no score: {reason}")
-        return {**dict.fromkeys(d2_session.SCORES), "reason": reason}
+        return {**dict.fromkeys(SCORES), "reason": reason}
 
 
 def _import_all() -> None:
@@ -150,20 +133,30 @@ def _import_all() -> None:
         import detectron2.modeling
         import detectron2.solver  # noqa: F401
 
-    _register_extra_norm_heads()
+    _register_heads()
 
 
-def _register_extra_norm_heads() -> None:
-    """Make MODEL.ROI_HEADS.NAME Res5ROIHeadsExtraNorm known to Detectron2, once a process.
+def _register_heads() -> None:
+    """Make more MODEL.ROI_HEADS.NAME known to Detectron2, once a process.
 
-    The heads of MoCo's benchmark have one more norm at the end of res5 (MoCo v1, appendix; the
-    reference's detection/train_net.py).
+    Res5ROIHeadsExtraNorm, those of MoCo's benchmark, have one more norm at the end of res5 (MoCo
+    v1, appendix; the reference's detection/train_net.py). ...BasicBlocks are for depth 18 and 34:
+    the res5 of Detectron2's own heads has bottlenecks, which a pretrained layer4 does not fit.
     """
     from detectron2.layers import get_norm
+    from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
     from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
-    if EXTRA_NORM_HEADS in ROI_HEADS_REGISTRY:
-        return
+    class Res5ROIHeadsBasicBlocks(Res5ROIHeads):
+        @classmethod
+        def _build_res5_block(cls, cfg):
+            options = cfg.MODEL.RESNETS
+            width, num_blocks = options.RES2_OUT_CHANNELS * 8, 2 if options.DEPTH == 18 else 3
+            blocks = ResNet.make_stage(
+                BasicBlock, num_blocks, in_channels=width // 2, out_channels=width,
+                stride_per_block=[2] + [1] * (num_blocks - 1), norm=options.NORM,
+            )  # fmt: skip
+            return torch.nn.Sequential(*blocks), width
 
     class Res5ROIHeadsExtraNorm(Res5ROIHeads):
         @classmethod
@@ -172,7 +165,14 @@ def _register_extra_norm_heads() -> None:
             res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
             return res5, channels
 
-    ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
+    class Res5ROIHeadsExtraNormBasicBlocks(Res5ROIHeadsExtraNorm, Res5ROIHeadsBasicBlocks):
+        pass
+
+    for heads in (
+        Res5ROIHeadsExtraNorm, Res5ROIHeadsBasicBlocks, Res5ROIHeadsExtraNormBasicBlocks
+    ):  # fmt: skip
+        if heads.__name__ not in ROI_HEADS_REGISTRY:
+            ROI_HEADS_REGISTRY.register(heads)
 
 
 def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
@@ -182,6 +182,8 @@ def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
     theirs = get_cfg()
     fill_config(theirs, cfg)
     theirs.MODEL.DEVICE = "cpu" if run is None else str(run.process.device)
+    if has_basic_blocks(cfg):
+        theirs.MODEL.ROI_HEADS.NAME += "BasicBlocks"
     if run is not None:
         theirs.OUTPUT_DIR, theirs.SEED = str(run.output_dir), run.seed
     return theirs
@@ -190,7 +192,7 @@ def _detectron2_cfg(cfg: CfgNode, run: Run | None = None):
 def _build_model(theirs) -> torch.nn.Module:
     from detectron2.modeling import build_model
 
-    _register_extra_norm_heads()
+    _register_heads()
     return build_model(theirs)
 
 
@@ -238,22 +240,6 @@ def _check_schedule(theirs, model: torch.nn.Module) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _registered(run: Run, part: str, records: Sequence[dict], **metadata) -> Iterator[str]:
-    """Detectron2's catalogs know `records` for the time of the context, by the name yielded."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    # Trials follow each other in one process: the name must be of this run alone.
-    name = f"{part} of {run.output_dir}, seed {run.seed}, {run.config_digest}"
-    DatasetCatalog.register(name, partial(with_box_modes, records))
-    MetadataCatalog.get(name).set(thing_classes=list(run.data.class_names), **metadata)
-    try:
-        yield name
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
 def _build_trainer(run: Run):
     """Detectron2's DefaultTrainer, with our hook in place of its writers and checkpoints.
 
@@ -281,17 +267,20 @@ def _build_trainer(run: Run):
             own = super().build_hooks()
             self.precise_bn = next((h for h in own if isinstance(h, hooks.PreciseBN)), None)
             kept = [h for h in own if isinstance(h, hooks.IterationTimer | hooks.LRScheduler)]
-            return [*kept, hooks.CallbackHook(after_step=partial(d2_session.after_step, run))]
+            after_step = partial(d2_session.after_step, run)
+            begin = hooks.CallbackHook(before_step=lambda trainer: trainer.progress.begin())
+            return [begin, *kept, hooks.CallbackHook(after_step=after_step)]
 
     if run.process.world_size > 1:  # as its launcher does; a repeated call does nothing
         comm.create_local_process_group(d2_session.processes_per_machine(run.process))
     torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
     seed_all_rng(run.seed + run.process.rank)
     theirs = _detectron2_cfg(run.cfg, run)
-    with _registered(run, "training data", run.data.train_records) as name:
+    with registered(run, "training data", run.data.train_records) as name:
         theirs.DATASETS.TRAIN = (name,)
         trainer = Trainer(theirs)
     trainer.losses = trainer._trainer.model = CheckedLosses(run, trainer)
+    trainer.predict = partial(_predict_in_training, trainer.checkpointer.model, run)
     return trainer
 
 
@@ -308,89 +297,55 @@ def trainer_parts(run: Run) -> tuple:
     return model, trainer.optimizer, iter(trainer.data_loader), mapper, EventStorage()
 
 
-def _detector(run: Run) -> tuple[CheckedMapper, Callable[[dict], tuple]]:
-    """Detectron2's test mapper and, for what it returns, the detections."""
+def _test_mapper(run: Run) -> CheckedMapper:
     from detectron2.data import DatasetMapper
 
+    mapper = DatasetMapper(_detectron2_cfg(run.cfg, run), False)
+    return CheckedMapper(mapper, run.cfg.INPUT.MAX_IMAGE_PIXELS)
+
+
+def _trained(run: Run) -> torch.nn.Module:
+    """The detector of the run, or of MODEL.WEIGHTS with `run.eval_only`, in eval mode."""
     refuse_keys(run.cfg)
-    theirs = _detectron2_cfg(run.cfg, run)
-    model = _build_model(theirs)
+    refuse_widths(run.cfg)
+    model = _build_model(_detectron2_cfg(run.cfg, run))
     if run.eval_only:
         _load_weights(model, run.cfg, eval_only=True)
     else:
         path = run.output_dir / FINAL_MODEL
         verify_manifest(path)
         d2_session.load_model(run, path, model)
-    model.eval()
-
-    @torch.no_grad()
-    def detect(sample: dict) -> tuple:
-        found = model([sample])[0]["instances"].to("cpu")
-        boxes = found.pred_boxes.tensor.numpy()
-        detected = boxes, found.scores.numpy(), found.pred_classes.numpy()
-        if run.cfg.MODEL.MASK_ON:
-            detected += (encode_rle(found.pred_masks.numpy()),)
-        return detected
-
-    return CheckedMapper(DatasetMapper(theirs, False), run.cfg.INPUT.MAX_IMAGE_PIXELS), detect
+    return model.eval()
 
 
-def _feed(evaluator, records: Sequence[dict], detections: Detections) -> None:
-    """Give the detections to a Detectron2 evaluator, as its model would."""
-    from detectron2.structures import Boxes, Instances
+def _predict(model: torch.nn.Module, run: Run, records: Sequence[dict]) -> Detections:
+    """The detections of all records by a model in eval mode, on every rank."""
+    from detectron2.data import build_detection_test_loader
 
-    evaluator.reset()
-    for record in records:
-        boxes, scores, classes, *masks = detections[record["image_id"]]
-        size = record["height"], record["width"]
-        found = Instances(size, pred_boxes=Boxes(torch.as_tensor(boxes)))
-        found.scores, found.pred_classes = torch.as_tensor(scores), torch.as_tensor(classes)
-        if masks:
-            found.pred_masks = torch.from_numpy(decode_rle(masks[0], *size))
-        evaluator.process([record], [{"instances": found}])
-
-
-def voc_scores(
-    run: Run, records: Sequence[dict], detections: Detections, *, read_anew: bool = True
-) -> dict:
-    """By PascalVOCDetectionEvaluator, which reads Annotations/<id>.xml of the test set itself; not
-    `read_anew`: it takes them as it remembers them from an earlier call."""
-    from detectron2.evaluation import PascalVOCDetectionEvaluator, pascal_voc_evaluation
-
-    (spec,) = resolve_datasets(run.cfg, "TEST")
-    read_xml = pascal_voc_evaluation.parse_rec
-    if read_anew:
-        read_xml.cache_clear()  # it remembers every file by its name
-    for record in records:
-        path = os.path.join(spec.root, "Annotations", f"{record['image_id']}.xml")
-        try:
-            read_xml(path)
-        except _UNREADABLE as error:
-            raise DataError(f"{path}: {type(error).__name__}: {error}") from error
-    metadata = {"split": spec.split, "year": spec.metric_year}
-    with scored_folder(spec, records) as metadata["dirname"], _registered(
-        run, "test data", records, **metadata
-    ) as name, np.errstate(all="ignore"):
-        evaluator = PascalVOCDetectionEvaluator(name)
-        # evaluate() joins the detections of all ranks.
-        _feed(evaluator, records if run.process.is_main else (), detections)
-        scores = evaluator.evaluate()
-    return {} if scores is None else d2_session.overall(scores["bbox"])
+    loader = build_detection_test_loader(
+        list(records), mapper=_test_mapper(run), num_workers=run.cfg.DATALOADER.NUM_WORKERS
+    )
+    detections = {}
+    for number, (sample,) in enumerate(loader, start=1):
+        detections[sample["image_id"]] = _detect(model, sample, run)
+        if number % 500 == 0 or number == len(loader):
+            session.say(run, f"predicted {number}/{len(loader)} images of rank 0")
+    return session.gather_detections(detections, run.process)
 
 
-def _evaluate_coco(run: Run, records: Sequence[dict], detections: Detections) -> dict:
-    """By COCOEvaluator, which reads the annotation file of the test set itself."""
-    from detectron2.evaluation import COCOEvaluator
+def _predict_in_training(model: torch.nn.Module, run: Run) -> Detections:
+    from detectron2.evaluation import inference_context
 
-    if not run.process.is_main:
-        return {}
-    category_ids = {category: index for index, category in enumerate(run.data.category_ids)}
-    metadata = {"thing_dataset_id_to_contiguous_id": category_ids}
-    tasks = ("bbox", "segm") if run.cfg.MODEL.MASK_ON else ("bbox",)
-    file = scored_file(run.data.coco_json, category_ids)
-    with file as metadata["json_file"], _registered(run, "test data", records, **metadata) as name:
-        evaluator = COCOEvaluator(name, tasks, distributed=False)
-        _feed(evaluator, records, detections)
-        scores = evaluator.evaluate()
-    boxes, *masks = (d2_session.overall(scores[task]) for task in tasks)
-    return {**boxes, "segm": masks[0]} if masks else boxes
+    with inference_context(model):
+        return _predict(model, run, run.data.test_records)
+
+
+@torch.no_grad()
+def _detect(model: torch.nn.Module, sample: dict, run: Run) -> tuple:
+    """The entry of one test sample in `Detections`."""
+    found = model([sample])[0]["instances"].to("cpu")
+    boxes = found.pred_boxes.tensor.numpy()
+    detected = boxes, found.scores.numpy(), found.pred_classes.numpy()
+    if run.cfg.MODEL.MASK_ON:
+        detected += (encode_rle(found.pred_masks.numpy()),)
+    return detected

@@ -1,15 +1,14 @@
 """Training with Detectron2's trainer under this project's rules; Detectron2 is not imported here.
 
 `trainer` is Detectron2's DefaultTrainer as `detection.engines.d2` makes it, with the attributes
-`losses` (`CheckedLosses`), `precise_bn` (Detectron2's hook, or None), `stop` (`StopFlag`) and
-`progress`.
+`losses` (`CheckedLosses`), `precise_bn` (Detectron2's hook, or None), `predict` (the detections of
+all test images by the model as it is) and, of the session, `stop`, `progress` and `evaluation`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,14 @@ import torch.distributed as dist
 
 from detection.data.sample_loader import WORKERS_KEY
 from detection.engines.base import FINAL_MODEL, Run
-from detection.engines.progress import Progress
+from detection.engines.evaluations import PeriodicEvaluation
+from detection.engines.progress import WINDOW
 from detection.engines.run_files import read_state, write_state
 from detection.engines.session import (
     loss_problem,
     save_if_due,
     say,
+    start_progress,
     stop_if_not_finite,
     stop_on_signal,
 )
@@ -37,7 +38,6 @@ from moco.errors import CheckpointError, DataError, NonFiniteError, dead_worker_
 
 ENGINE = "detectron2"
 LOG_FILE = "detectron2_log.txt"
-SCORES = ("AP", "AP50", "AP75")
 # Detectron2's, what torch says about it, and Python's warnings.
 _LOGGERS = ("detectron2", "fvcore", "iopath", "torch.fx", "py.warnings")
 _XYXY_ABS = 0  # Detectron2's BoxMode of our records
@@ -208,19 +208,17 @@ def train(run: Run, trainer) -> None:
     """
     state = trainer.checkpointer.model.state_dict()
     distributed.check_equal_across_ranks(state, "model at start", run.process.device)
-    trainer.progress = Progress(
-        run.output_dir,
-        start=trainer.start_iter,
-        end=run.cfg.SOLVER.MAX_ITER,
-        period=run.cfg.SOLVER.PROGRESS_PERIOD,
-        show=run.progress,
-    )
     if trainer.start_iter < run.cfg.SOLVER.MAX_ITER:
-        with stop_on_signal() as trainer.stop:
+        # Not a cycle: the loader's workers must end with the trainer.
+        figures = partial(_figures, weakref.proxy(trainer))
+        trainer.progress = start_progress(run, trainer.start_iter, figures=figures)
+        trainer.evaluation = PeriodicEvaluation(run, trainer.progress, trainer.start_iter)
+        with stop_on_signal() as trainer.stop, contextlib.closing(trainer.progress):
+            if trainer.evaluation.due(trainer.start_iter - 1):  # the session before ended there
+                _evaluate(run, trainer, trainer.start_iter - 1)
             trainer.train()
     # Not within the loop: the state before it is saved, so SIGTERM need not wait for it.
-    if trainer.precise_bn is not None:
-        _update_statistics(run, trainer)
+    _update_statistics(run, trainer)
     trainer.iter = run.cfg.SOLVER.MAX_ITER - 1  # the loop has left it one beyond
     _save(run, trainer, run.output_dir / FINAL_MODEL)
 
@@ -235,25 +233,35 @@ def _load_strictly(path: Path, target, state: dict) -> None:
 def after_step(run: Run, trainer) -> None:
     """What is told and saved after an iteration; it comes after Detectron2's hooks."""
     iteration = trainer.iter
-    if trainer.progress.due(iteration):
-        lr, _ = trainer.storage.latest()["lr"]  # the iteration's, the optimizer has the next one's
-        trainer.progress.report(iteration, trainer.losses.last, lr)
+    lr, _ = trainer.storage.latest()["lr"]  # the iteration's, the optimizer has the next one's
+    trainer.progress.report(iteration, trainer.losses.last, lr)
+    if trainer.evaluation.due(iteration):
+        _update_statistics(run, trainer)
     save_if_due(run, iteration, trainer.stop, partial(_save, run, trainer))
+    if trainer.evaluation.due(iteration):
+        _evaluate(run, trainer, iteration)
 
 
-def _save(run: Run, trainer, path: Path) -> None:
+def _figures(trainer) -> dict[str, float]:
+    """What Detectron2's writers write of the last iteration, from its storage of events."""
+    smoothed = trainer.storage.latest_with_smoothing_hint(WINDOW)
+    return {name: value for name, (value, _) in smoothed.items()}
+
+
+def _evaluate(run: Run, trainer, iteration: int) -> None:
+    trainer.evaluation.run(iteration, trainer.predict, partial(_save, run, trainer))
+
+
+def _save(run: Run, trainer, path: Path, **fields: object) -> None:
     if run.process.is_main:
         model = trainer.checkpointer.model.state_dict()
         content = {"model": model, "trainer": trainer.state_dict()}
-        write_state(run, path, content, iteration=trainer.iter, engine=ENGINE)
-
-
-def overall(scores: dict) -> dict[str, float | None]:
-    """The scores of Detectron2's evaluators for JSON, which knows no NaN."""
-    return {key: None if math.isnan(scores[key]) else float(scores[key]) for key in SCORES}
+        write_state(run, path, content, iteration=trainer.iter, engine=ENGINE, **fields)
 
 
 def _update_statistics(run: Run, trainer) -> None:
+    if trainer.precise_bn is None:
+        return
     say(run, f"precise batch norm: {run.cfg.TEST.PRECISE_BN.NUM_ITER} batches")
     try:
         trainer.precise_bn.update_stats()

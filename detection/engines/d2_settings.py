@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detection.config import get_defaults
-from detection.config_keys import EXTRA_KEYS
+from detection.config_keys import EXTRA_KEYS, has_basic_blocks
 from moco.cfgnode import CfgNode, flatten, get_key
 from moco.errors import ConfigError
 
@@ -18,6 +18,7 @@ UNDERSTOOD_KEYS = (
     "MODEL.RESET_PREDICTORS",
     "TEST.ROUND_DETECTIONS",
     "SOLVER.PROGRESS_PERIOD",
+    "LOG.TENSORBOARD",
 )
 
 
@@ -31,6 +32,16 @@ def refuse_keys(cfg: CfgNode) -> None:
                 f"{key} is {value!r}, which only the embedded engine implements; with --engine "
                 f"detectron2 leave it at {default!r}, or use --engine embedded"
             )
+
+
+def refuse_widths(cfg: CfgNode) -> None:
+    """Raise ConfigError for a ResNet-18 or 34 of another width than Detectron2 builds."""
+    options = cfg.MODEL.RESNETS
+    if has_basic_blocks(cfg) and options.RES2_OUT_CHANNELS != 64:
+        raise ConfigError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {options.RES2_OUT_CHANNELS}, but Detectron2 "
+            f"builds DEPTH {options.DEPTH} with 64 only; use --engine embedded"
+        )
 
 
 def refuse_amp(cfg: CfgNode, device_type: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from detection.engines.base import FINAL_MODEL, PERIODIC_MODELS, Run
+from detection.engines.base import BEST_MODEL, FINAL_MODEL, PERIODIC_MODELS, Run
 from detection.run_folder import read_config
 from moco.errors import CheckpointError
 from moco.training.checkpoint import (
@@ -34,8 +34,14 @@ def periodic_path(output_dir: Path, iteration: int) -> Path:
     return output_dir / f"model_{iteration:07d}.pth"
 
 
-def write_state(run: Run, path: Path, content: dict, *, iteration: int, engine: str) -> None:
-    """Write one checkpoint (call it on rank 0 only) and remove older ones but `NUM_KEPT`."""
+def write_state(
+    run: Run, path: Path, content: dict, *, iteration: int, engine: str, **fields: object
+) -> None:
+    """Write one checkpoint (call it on rank 0 only) and remove older ones but `NUM_KEPT`.
+
+    Args:
+        fields: more of the manifest.
+    """
     identity = {
         "iteration": iteration,
         "config_digest": run.config_digest,
@@ -44,7 +50,9 @@ def write_state(run: Run, path: Path, content: dict, *, iteration: int, engine: 
         "changes": run.changes.all(),
         **(run.identity.facts() if run.identity else {}),
     }
-    save_checkpoint(path, {**content, **identity}, **identity)
+    save_checkpoint(path, {**content, **identity}, **identity, **fields)
+    if path.name == BEST_MODEL:  # no state to resume from
+        return
     write_text_atomic(run.output_dir / "last_checkpoint", path.name)
     _remove_old(run.output_dir)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detection.engines.base import Engine
 from detection.engines.d2 import Detectron2Engine
-from detection.engines.d2_settings import refuse_amp, refuse_keys
+from detection.engines.d2_settings import refuse_amp, refuse_keys, refuse_widths
 from detection.engines.embedded.engine import EmbeddedEngine
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
@@ -49,6 +49,7 @@ def _refusal(cfg: CfgNode | None, device_type: str) -> str | None:
         return None
     try:
         refuse_keys(cfg)
+        refuse_widths(cfg)
         refuse_amp(cfg, device_type)
     except ConfigError as error:
         return str(error)

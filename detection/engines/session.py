@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torchvision
 
 from detection.engines.base import FINAL_MODEL, Run, TrainingStopped
+from detection.engines.progress import Progress
 from detection.engines.run_files import iterations_done, newest_state, periodic_path
 from detection.weights import LoadReport, class_dependent, load_backbone_weights
 from moco import distributed
@@ -40,6 +41,19 @@ def torch_versions() -> dict[str, str]:
 def say(run: Run, line: str) -> None:
     if run.progress and run.process.is_main:
         print(line, flush=True)
+
+
+def start_progress(run: Run, start: int, **options: object) -> Progress:
+    """The progress of a session that begins at iteration `start`; `options` as of `Progress`."""
+    return Progress(
+        run.output_dir,
+        start=start,
+        end=run.cfg.SOLVER.MAX_ITER,
+        period=run.cfg.SOLVER.PROGRESS_PERIOD,
+        show=run.progress,
+        tensorboard=run.cfg.LOG.TENSORBOARD,
+        **options,
+    )
 
 
 def load_initial_weights(model: torch.nn.Module, cfg: CfgNode, *, eval_only: bool) -> str:
@@ -165,6 +179,13 @@ def stop_if_not_finite(
         f"iteration {iteration}: the loss is not finite ({' | '.join(p for p in problems if p)}; "
         f"lr {lr:g}). Nothing was updated with it; lower SOLVER.BASE_LR or check these images"
     )
+
+
+def own_part(num_records: int, process: ProcessInfo) -> slice:
+    """A contiguous part a rank, the first ones one longer, as Detectron2's InferenceSampler."""
+    share, rest = divmod(num_records, process.world_size)
+    start = process.rank * share + min(process.rank, rest)
+    return slice(start, start + share + (process.rank < rest))
 
 
 def gather_detections(detections: dict, process: ProcessInfo) -> dict:

@@ -49,6 +49,7 @@ def test_extra_keys_have_their_defaults():
         "MODEL.RESET_PREDICTORS": False,
         "SOLVER.PROGRESS_PERIOD": 20,
         "DATALOADER.STREAM": "stateless",
+        "LOG.TENSORBOARD": True,
     }
 
 
@@ -77,7 +78,7 @@ def test_every_unsupported_key_exists_and_allows_its_default():
         ("INPUT.MASK_FORMAT", "rle"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
-        ("MODEL.RESNETS.DEPTH", "18"),
+        ("MODEL.RESNETS.DEPTH", "20"),
         ("MODEL.RESNETS.NORM", "GN"),
         ("MODEL.RESNETS.RES5_DILATION", "2"),
         ("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
@@ -85,7 +86,7 @@ def test_every_unsupported_key_exists_and_allows_its_default():
         ("MODEL.RPN.IN_FEATURES", "['res5']"),
         ("INPUT.CROP.ENABLED", "True"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-        ("SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "8"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"),
         ("TEST.AUG.ENABLED", "True"),
@@ -121,11 +122,24 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
         ("INPUT.MIN_SIZE_TRAIN", "(480, 'large')"),
         ("INPUT.MIN_SIZE_TRAIN", "()"),
         ("TEST.PRECISE_BN.NUM_ITER", "0"),
+        ("TEST.EVAL_PERIOD", "-1"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.0"),
+        ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "-1.0"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(key, value):
     with pytest.raises(ConfigError, match=rf"command line: {key} is .*; allowed: "):
         load_detection_config(None, [key, value])
+
+
+def test_basic_blocks_have_one_width_and_one_group():
+    basic = ["MODEL.RESNETS.DEPTH", "18"]
+    with pytest.raises(ConfigError, match="RES2_OUT_CHANNELS is 256; allowed: 64 with DEPTH 18"):
+        load_detection_config(None, basic)
+    basic += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+    assert load_detection_config(None, basic).MODEL.RESNETS.DEPTH == 18
+    with pytest.raises(ConfigError, match="NUM_GROUPS is 2; allowed: 1 with DEPTH 18"):
+        load_detection_config(None, [*basic, "MODEL.RESNETS.NUM_GROUPS", "2"])
 
 
 def test_keys_that_contradict_each_other_are_refused():

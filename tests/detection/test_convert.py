@@ -111,9 +111,10 @@ def test_a_torchvision_resnet50(wrap):
     assert len(converted.model) == 265 and converted.shape == ResNetShape()
 
 
-def test_the_functional_oracle_is_torchvisions_network():
+@pytest.mark.parametrize("depth", [18, 50])
+def test_the_functional_oracle_is_torchvisions_network(depth):
     torch.manual_seed(0)
-    network = torchvision.models.resnet50().eval()
+    network = torchvision.models.get_model(f"resnet{depth}").eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, std=0.1)
@@ -128,7 +129,7 @@ def test_the_functional_oracle_is_torchvisions_network():
         )
     with torch.no_grad():
         network(image)
-        given = torchvision_features(network.state_dict(), image, 50)
+        given = torchvision_features(network.state_dict(), image, depth)
     assert wanted.keys() == given.keys()
     assert all(torch.equal(wanted[name], given[name]) for name in wanted)
 
@@ -308,9 +309,22 @@ def test_damaged_weights_are_refused(tmp_path):
     refused({**moco_checkpoint(), "arch": "resnet101"}, tmp_path, "'arch' is resnet101")
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
-def test_basic_blocks_are_refused(arch, tmp_path):
-    refused(narrow_resnet(arch), tmp_path, f"{arch} of basic blocks.*allowed: resnet50")
+@pytest.mark.parametrize("arch, count", [("resnet18", 20 * 5), ("resnet34", 36 * 5)])
+def test_basic_blocks_are_converted_and_a_swap_of_two_tensors_is_seen(arch, count, tmp_path):
+    torch.save(narrow_resnet(arch), tmp_path / "source.pth")
+    report = convert_checkpoint(tmp_path / "source.pth", tmp_path / "out.pth")
+    assert (report.shape.arch, len(report.names)) == (arch, count)
+    assert report.self_check["max_relative_difference"] <= 1e-6
+    lines = [line.strip() for line in report.yaml_lines]
+    width = report.shape.res2_out_channels
+    assert f"DEPTH: {report.shape.depth}" in lines and f"RES2_OUT_CHANNELS: {width}" in lines
+    assert not any("WIDTH_PER_GROUP" in line for line in lines)
+    converted = convert_state(narrow_resnet(arch))
+    model = dict(converted.model)
+    first, second = "res4.0.conv2.weight", "res4.1.conv2.weight"
+    model[first], model[second] = model[second], model[first]
+    with pytest.raises(CheckpointError, match="self-check failed, the converted res4 differs"):
+        self_check(converted.source, model, converted.shape)
 
 
 def test_a_key_encoder_with_nan_is_no_obstacle(tmp_path):

@@ -95,7 +95,9 @@ def test_batch_counters_are_told_by_structure():
     assert not is_batch_counter("bn1.running_mean")
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet101", "resnet152", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"]
+)
 def test_shapes_equal_torchvisions(arch):
     with torch.device("meta"):
         network = torchvision.models.get_model(arch)
@@ -121,11 +123,17 @@ def test_width_is_read_from_the_tensors():
     assert read_shape(tiny_state(), "x") == TINY
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
-def test_basic_blocks_are_refused_by_arch(arch):
-    with torch.device("meta"):
-        state = torchvision.models.get_model(arch).state_dict()
-    with pytest.raises(CheckpointError, match=f"{arch} of basic blocks.*resnet50, resnet101"):
+def test_basic_blocks_are_told_from_bottlenecks_of_as_many():
+    basic, bottlenecks = ResNetShape(34, res2_out_channels=64), ResNetShape(50)
+    assert basic.tensor_shapes().keys() < bottlenecks.tensor_shapes().keys()
+    assert len(basic.tensor_shapes()) == 5 * 36 and len(ResNetShape(18).tensor_shapes()) > 100
+    state = tiny_state(ResNetShape(34, stem_out_channels=8, res2_out_channels=8))
+    assert read_shape(state, "x").arch == "resnet34"
+    del state["layer3.5.conv1.weight"]
+    with pytest.raises(CheckpointError, match=r"resnet34, but 1 tensors are missing: layer3\.5"):
+        read_shape(state, "x")
+    state = {n: t for n, t in state.items() if not n.startswith("layer3.5.")}
+    with pytest.raises(CheckpointError, match=r"\(3, 4, 5, 3\) basic blocks; allowed: resnet18"):
         read_shape(state, "x")
 
 

@@ -44,6 +44,19 @@ def results():
     }
 
 
+def test_scores_during_training_are_a_table_and_the_reported_ones_stay_the_last(results):
+    assert "during training" not in report_text(results, read_published())
+    first = results["trials"][0]
+    last = {score: first[score] for score in ("AP50", "AP", "AP75")}
+    early = {"iteration": 12000, "AP50": 90.0, "AP": 60.0, "AP75": 70.0}
+    first["evaluations"] = [early, {"iteration": 24000, **last}]
+    first["best"] = {"iteration": 12000, "AP": 60.0, "file": "model_best.pth"}
+    text = report_text(results, read_published())
+    assert "| 12000 | 90.00 | 60.00 | 70.00 | 1 |" in text
+    assert "Best AP (`model_best.pth`): trial 0: 60.00 after 12000." in text
+    assert "| **this run** | 82.50 ± 0.71 | 57.20 ± 0.28 |" in text
+
+
 def test_text_holds_mean_spread_trials_and_origin(results):
     text = report_text(results, read_published())
     assert "| **this run** | 82.50 ± 0.71 | 57.20 ± 0.28 | 63.50 ± 0.71 | 2 |" in text

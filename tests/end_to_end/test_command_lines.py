@@ -87,6 +87,38 @@ def test_images_to_results(tmp_path):
     assert_one_line(run("detection/train_net.py", *arguments), "broken.pth", "res4.3.")
 
 
+def test_a_resnet18_of_the_defaults_becomes_a_detector(tmp_path):
+    """Pretrained in bfloat16, channels-last and by kernels, where the machine has them."""
+    data = make_shapes_dataset(
+        tmp_path / "shapes", num_train=4, num_test=2, num_unlabelled=16, size=64, seed=0
+    )
+    small = {
+        "MODEL.ARCH": "resnet18", "MODEL.WIDTH": 0.5, "MODEL.BN_SPLITS": 2, "MOCO.QUEUE_SIZE": 16,
+        "DATA.SIZE": 32, "DATA.NUM_WORKERS": 0, "TRAIN.EPOCHS": 1, "TRAIN.BATCH_SIZE": 8,
+    }  # fmt: skip
+    done = run("tools/pretrain.py", "--config-file", CONFIG, "--data", data / "unlabelled",
+               "--output-dir", tmp_path / "run", *(w for pair in small.items() for w in pair))
+    assert done.returncode == 0, done.stderr
+    done = run("tools/convert_to_d2.py", tmp_path / "run", tmp_path / "moco.pth")
+    assert done.returncode == 0, done.stderr
+    assert "mapped: 100 tensors" in done.stdout and "DEPTH: 18" in done.stdout
+    detector = {
+        "MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 32, "MODEL.WEIGHTS": tmp_path / "moco.pth",
+        "DATASETS.VOC_ROOT": data, "OUTPUT_DIR": tmp_path / "detection", "TEST.EVAL_PERIOD": 2,
+    }  # fmt: skip
+    line = ["--config-file", DETECTION, "--engine", "embedded", *TINY_C4,
+            *(word for pair in detector.items() for word in pair)]  # fmt: skip
+    done = run("detection/train_net.py", *line)
+    assert done.returncode == 0, done.stderr
+    assert "100 tensors loaded" in done.stdout and "evaluation after iteration 2" in done.stdout
+    result = json.loads((tmp_path / "detection" / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert [scores["iteration"] for scores in result["evaluations"]] == [2, 3]
+    assert (tmp_path / "detection/model_best.pth.manifest.json").is_file()
+    assert list((tmp_path / "detection/tensorboard").iterdir())
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     base = tmp_path_factory.mktemp("stops")

@@ -22,8 +22,12 @@ from detectron2.solver import build_optimizer as build_their_optimizer  # noqa: 
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
+from torchvision.ops import box_iou  # noqa: E402
 
 from detection.config import load_detection_config  # noqa: E402
+from detection.config_keys import has_basic_blocks  # noqa: E402
+from detection.engines.d2 import _register_heads  # noqa: E402
+from detection.engines.embedded import roi_heads  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
 from detection.engines.embedded.precise_bn import update_bn_statistics  # noqa: E402
 from detection.engines.embedded.solver import build_optimizer, set_lr  # noqa: E402
@@ -72,6 +76,13 @@ MOCO = {
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
     "INPUT.FORMAT": "RGB",
 }
+# Detectron2 builds basic blocks at full width only.
+BASIC = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+}
 CASES = {
     "moco": MOCO,
     "supervised": {},  # Detectron2's defaults: BGR, std 1, stride in the 1x1, FrozenBN, freeze 2
@@ -84,6 +95,7 @@ CASES = {
         "MODEL.RESNETS.NUM_GROUPS": 2,
         "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     },
+    "depth_18": {**MOCO, **BASIC, "MODEL.RESNETS.DEPTH": 18},
     "no_norm": {"MODEL.RESNETS.NORM": "", "MODEL.BACKBONE.FREEZE_AT": 1},
     "other_losses": {
         **MOCO,
@@ -111,7 +123,11 @@ def configs(case: str | dict, **changes):
     pairs = [item for pair in settings.items() for item in pair]
     theirs = get_cfg()
     theirs.merge_from_list(pairs)
-    return load_detection_config(None, pairs), theirs
+    ours = load_detection_config(None, pairs)
+    if has_basic_blocks(ours):
+        _register_heads()
+        theirs.MODEL.ROI_HEADS.NAME += "BasicBlocks"
+    return ours, theirs
 
 
 def pair_of_models(case: str | dict):
@@ -225,6 +241,29 @@ def test_same_seed_at_full_width_gives_the_same_333_tensors():
     assert differing(ours.state_dict(), theirs.state_dict()) == []
 
 
+@pytest.mark.parametrize("depth", [18, 34])
+def test_detectron2s_own_heads_have_another_res5_but_the_backbone_is_equal(depth):
+    """Of its R18-C4 and R34-C4 as they are: no pretrained layer4 fits its bottlenecks."""
+    our_cfg, their_cfg = configs({**MOCO, **BASIC, "MODEL.RESNETS.DEPTH": depth})
+    their_cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    torch.manual_seed(13)
+    theirs = build_theirs(their_cfg)
+    torch.manual_seed(13)
+    ours = build_model(our_cfg)
+    assert differing(ours.backbone.state_dict(), theirs.backbone.state_dict()) == []
+    image = torch.randn(1, 3, 93, 117)
+    for network in (ours, theirs):
+        network.eval()
+    with torch.no_grad():
+        features = ours.backbone(image), theirs.backbone(image)
+        assert torch.equal(features[0]["res4"], features[1]["res4"])
+        ours.backbone.res4[1].conv2.norm.bias += 0.01  # control
+        assert not torch.equal(ours.backbone(image)["res4"], features[1]["res4"])
+    shapes = [tuple(m.roi_heads.res5[0].conv1.weight.shape) for m in (ours, theirs)]
+    assert shapes == [(512, 256, 3, 3), (64, 256, 1, 1)]
+    assert len(theirs.roi_heads.res5) == 3 and hasattr(theirs.roi_heads.res5[0], "conv3")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_detections_are_equal_alone_and_in_a_padded_batch(case):
     ours, theirs = pair_of_models(case)
@@ -263,6 +302,28 @@ def test_images_without_ground_truth_give_equal_losses(num_boxes):
     their_losses, their_gradients, _ = run_losses(theirs, in_their_form(batch), seed=0)
     assert differing(losses, their_losses) == []
     assert differing(gradients, their_gradients) == []
+
+
+def _batch_with_flat_boxes() -> list[dict]:
+    batch = make_batch()
+    flat = torch.tensor([[30.0, 40.0, 30.0, 90.0], [50.0, 60.0, 50.0, 60.0]])
+    for sample in batch:
+        sample["gt_boxes"] = torch.cat([sample["gt_boxes"], flat])
+        sample["gt_classes"] = torch.cat([sample["gt_classes"], torch.tensor([0, 1])])
+    return batch
+
+
+def test_ground_truth_without_an_area_gives_the_same_losses_and_gradients(monkeypatch):
+    """Both data paths drop such boxes; given all the same, the heads take them as background."""
+    ours, theirs = pair_of_models("moco")
+    batch = _batch_with_flat_boxes()
+    losses, _, state = run_losses(ours, batch, seed=0)
+    their_losses, _, their_state = run_losses(theirs, in_their_form(batch), seed=0)
+    assert differing(losses, their_losses) == [] and torch.equal(state, their_state)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    monkeypatch.setattr(roi_heads, "overlaps", box_iou)  # control: torchvision's way
+    losses, _, _ = run_losses(ours, batch, seed=0)
+    assert not torch.isfinite(losses["loss_box_reg"])
 
 
 def test_no_proposals_at_all_give_equal_results():

@@ -1,11 +1,13 @@
 """A whole run against Detectron2's own trainer, bitwise, on a CPU in fp32: its seeding, loader with
-worker processes, warm-up, learning-rate step, precise batch norm and final checkpoint.
+worker processes, warm-up, learning-rate step, precise batch norm, final checkpoint, metrics.json,
+clipped gradients, and evaluations during training.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ pytest.importorskip("detectron2")
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import register_pascal_voc  # noqa: E402
-from detectron2.engine import DefaultTrainer, HookBase, default_setup  # noqa: E402
+from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks  # noqa: E402
+from detectron2.evaluation import pascal_voc_evaluation  # noqa: E402
+from detectron2.utils.events import JSONWriter  # noqa: E402
 from parity import detectron2_side  # noqa: E402, F401  (registers the norm after res5)
 
 from detection.config import load_detection_config  # noqa: E402
@@ -27,6 +31,8 @@ from detection.engines.base import Run, TrainingStopped  # noqa: E402
 from detection.engines.embedded import randomness  # noqa: E402
 from detection.engines.embedded.engine import EmbeddedEngine  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
+from detection.engines.evaluations import finish_evaluations  # noqa: E402
+from detection.scoring import score_detections  # noqa: E402
 from moco.distributed import ProcessInfo  # noqa: E402
 from moco.training.checkpoint import read_torch_file  # noqa: E402
 
@@ -34,7 +40,23 @@ pytestmark = pytest.mark.detectron2
 
 NUM_ITERATIONS = 12
 SEED = 11
-LOSSES = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
+LOSSES = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "total_loss", "lr")
+SCORES = ("bbox/AP", "bbox/AP50", "bbox/AP75")
+# Twice in six iterations; the thresholds let a model that knows nothing detect something.
+EVALUATED = {
+    "TEST.EVAL_PERIOD": 2,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "INPUT.MIN_SIZE_TEST": 69,
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.STEPS": (5,),
+}
+CLIPPED = {
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "norm",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.02,
+    "SOLVER.MAX_ITER": 4,
+    "SOLVER.STEPS": (3,),
+}
 SHARED = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
@@ -66,6 +88,7 @@ OURS = {
     "DATALOADER.STREAM": "detectron2",
     "DATASETS.TEST": ("test",),
     "DATASETS.VOC_CLASSES": DEFAULT_CLASSES,
+    "LOG.TENSORBOARD": False,
     "SOLVER.PROGRESS_PERIOD": 1,
     "SOLVER.CHECKPOINT_PERIOD": 100,
 }
@@ -74,37 +97,67 @@ OURS = {
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "shapes"
-    make_shapes_dataset(root, num_train=9, num_test=1, num_unlabelled=0, size=80, seed=4)
-    register_pascal_voc("train", str(root), "train", 2012, DEFAULT_CLASSES)
+    make_shapes_dataset(root, num_train=9, num_test=2, num_unlabelled=0, size=80, seed=4)
+    for split in ("train", "test"):
+        register_pascal_voc(split, str(root), split, 2007, DEFAULT_CLASSES)
     yield root
-    DatasetCatalog.remove("train")
-    MetadataCatalog.remove("train")
+    for split in ("train", "test"):
+        DatasetCatalog.remove(split)
+        MetadataCatalog.remove(split)
 
 
-class NoteLosses(HookBase):
-    def __init__(self):
-        self.losses = []
+class NoteRandomStates(HookBase):
+    """At the end of training, before the last evaluation."""
 
-    def after_step(self):
-        latest = self.trainer.storage.latest()
-        self.losses.append({name: latest[name][0] for name in LOSSES})
+    def after_train(self):
+        self.torch = torch.get_rng_state()
+        self.numpy = np.random.get_state(legacy=True)
+
+
+class StableEvaluator(pascal_voc_evaluation.PascalVOCDetectionEvaluator):
+    """Tied scores in one order on every CPU (docs/COMPATIBILITY.md)."""
+
+    def evaluate(self):
+        stable = SimpleNamespace(**{k: getattr(np, k) for k in dir(np) if not k.startswith("__")})
+        stable.argsort = lambda values: np.argsort(values, kind="stable")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pascal_voc_evaluation, "np", stable)
+            return super().evaluate()
 
 
 class Trainer(DefaultTrainer):
-    def build_writers(self):
-        return []
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return StableEvaluator(dataset_name)
+
+    def build_hooks(self):
+        writers = [JSONWriter(f"{self.cfg.OUTPUT_DIR}/metrics.json")]
+        self.noted = NoteRandomStates()
+        *own, _ = super().build_hooks()
+        return [self.noted, *own, hooks.PeriodicWriter(writers, period=1)]
 
 
-def run_detectron2(output_dir, num_workers, weights) -> dict:
+def read_metrics(path) -> list[dict]:
+    """The compared figures of metrics.json, by iteration."""
+    by_iteration = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        kept = {name: record[name] for name in (*LOSSES, *SCORES) if name in record}
+        by_iteration.setdefault(record["iteration"], {}).update(kept)
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def run_detectron2(output_dir, num_workers, weights, changes) -> dict:
     """What is left of a run of the official trainer."""
     cfg = get_cfg()
-    cfg.merge_from_list([item for pair in SHARED.items() for item in pair])
+    cfg.merge_from_list([item for pair in {**SHARED, **changes}.items() for item in pair])
     cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.WEIGHTS = num_workers, str(weights)
     cfg.OUTPUT_DIR = str(output_dir)
+    if cfg.TEST.EVAL_PERIOD:
+        cfg.DATASETS.TEST = ("test",)
     default_setup(cfg, None)
-    trainer, noted = Trainer(cfg), NoteLosses()
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    trainer.register_hooks([noted])
     trainer.train()
     saved = torch.load(output_dir / "model_final.pth", weights_only=True)
     optimizer = trainer.optimizer.state_dict()
@@ -112,9 +165,9 @@ def run_detectron2(output_dir, num_workers, weights) -> dict:
         "model": saved["model"],
         "momentum": optimizer["state"],
         "params": [group["params"] for group in optimizer["param_groups"]],
-        "losses": noted.losses,
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(legacy=True),
+        "metrics": read_metrics(output_dir / "metrics.json"),
+        "torch": trainer.noted.torch,
+        "numpy": trainer.noted.numpy,
     }
 
 
@@ -122,6 +175,7 @@ def make_run(root, output_dir, num_workers, *, resume=False, **changes) -> Run:
     keys = {**SHARED, **OURS, "DATALOADER.NUM_WORKERS": num_workers, "DATASETS.VOC_ROOT": root}
     keys |= {key.replace("__", "."): value for key, value in changes.items()}
     cfg = load_detection_config(None, [str(word) for pair in keys.items() for word in pair])
+    output_dir.mkdir(parents=True, exist_ok=True)
     return Run(
         cfg=cfg,
         data=check_and_load(cfg),
@@ -146,15 +200,18 @@ def run_embedded(run: Run, monkeypatch) -> dict:
     with monkeypatch.context() as patch:
         patch.setattr(randomness, "Detectron2Stream", Noted)
         EmbeddedEngine().train(run)
+    states = torch.get_rng_state(), streams and streams[0].main_numpy.get_state(legacy=True)
     saved = read_torch_file(run.output_dir / "model_final.pth")
-    lines = (run.output_dir / "metrics.json").read_text().splitlines()
+    if run.cfg.TEST.EVAL_PERIOD:
+        detections = EmbeddedEngine().predict(run, run.data.test_records)
+        finish_evaluations(run, score_detections(run.data, run.cfg, detections, None))
     return {
         "model": saved["model"],
         "momentum": saved["optimizer"]["state"],
         "params": [group["params"] for group in saved["optimizer"]["param_groups"]],
-        "losses": [{name: json.loads(line)[name] for name in LOSSES} for line in lines],
-        "torch": torch.get_rng_state(),
-        "numpy": streams[0].main_numpy.get_state(legacy=True) if streams else None,
+        "metrics": read_metrics(run.output_dir / "metrics.json"),
+        "torch": states[0],
+        "numpy": states[1],
     }
 
 
@@ -163,13 +220,15 @@ def official(shapes, tmp_path_factory):
     """official(num_workers): the run of Detectron2, done once."""
     done = {}
 
-    def run(num_workers: int, weights="") -> dict:
-        if (num_workers, weights) not in done:
+    def run(num_workers: int, weights="", **changes) -> dict:
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        key = (num_workers, weights, tuple(changes.items()))
+        if key not in done:
             output_dir = tmp_path_factory.mktemp("detectron2")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                done[num_workers, weights] = run_detectron2(output_dir, num_workers, weights)
-        return done[num_workers, weights]
+                done[key] = run_detectron2(output_dir, num_workers, weights, changes)
+        return done[key]
 
     return run
 
@@ -190,7 +249,7 @@ def backbone_file(tmp_path):
 
 
 def assert_equal(ours: dict, theirs: dict) -> None:
-    assert len(ours["losses"]) == NUM_ITERATIONS
+    assert len(ours["metrics"]) >= 4 and all("total_loss" in of for of in ours["metrics"][:4])
     assert len(ours["model"]) == 333 and len(ours["momentum"]) == 171
     assert differing(ours, theirs) == []
 
@@ -201,7 +260,7 @@ def test_whole_run_is_equal(shapes, official, tmp_path, monkeypatch, num_workers
     assert_equal(ours, official(num_workers))
     if num_workers:  # control: without workers it is another run
         found = differing(ours, official(0))
-        assert ".losses.0.loss_cls" in found and ".model.roi_heads.res5.norm.running_var" in found
+        assert ".metrics.0.loss_cls" in found and ".model.roi_heads.res5.norm.running_var" in found
 
 
 def test_run_from_pretrained_weights_is_equal(
@@ -210,7 +269,7 @@ def test_run_from_pretrained_weights_is_equal(
     theirs = official(2, backbone_file)
     run = make_run(shapes, tmp_path, 2, MODEL__WEIGHTS=backbone_file)
     assert_equal(run_embedded(run, monkeypatch), theirs)
-    assert differing(theirs["losses"], official(2)["losses"])
+    assert differing(theirs["metrics"], official(2)["metrics"])
 
 
 @pytest.mark.parametrize(
@@ -227,9 +286,48 @@ def test_interrupted_and_resumed_run_is_equal(
     assert_equal(run_embedded(run, monkeypatch), official(num_workers))
 
 
+def keywords(settings: dict) -> dict:
+    return {key.replace(".", "__"): value for key, value in settings.items()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_run_with_evaluations_is_equal(shapes, official, tmp_path, monkeypatch, num_workers):
+    """Precise batch norm and an evaluation every second iteration, and the draws of their loaders.
+    Then stopped where an evaluation is left to do."""
+    theirs = official(num_workers, **keywords(EVALUATED))
+    assert [SCORES[0] in of for of in theirs["metrics"]] == [False, True] * 2 + [False] * 2 + [True]
+    run = make_run(shapes, tmp_path / "whole", num_workers, **keywords(EVALUATED))
+    assert_equal(run_embedded(run, monkeypatch), theirs)
+    if num_workers:
+        return
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        stop_at(patch, 3, send_sigterm)
+        EmbeddedEngine().train(make_run(shapes, folder, num_workers, **keywords(EVALUATED)))
+    torch.manual_seed(0)
+    run = make_run(shapes, folder, num_workers, resume=True, **keywords(EVALUATED))
+    assert_equal(run_embedded(run, monkeypatch), theirs)
+    # Control: evaluations leave another model, by what their loaders draw.
+    without = {**EVALUATED, "TEST.EVAL_PERIOD": 0}
+    run = make_run(shapes, tmp_path / "without", num_workers, **keywords(without))
+    ours = run_embedded(run, monkeypatch)
+    assert ".roi_heads.box_predictor.cls_score.weight" in differing(ours["model"], theirs["model"])
+
+
+def test_run_with_clipped_gradients_is_equal(shapes, official, tmp_path, monkeypatch):
+    theirs = official(0, **keywords(CLIPPED))
+    run = make_run(shapes, tmp_path / "clipped", 0, **keywords(CLIPPED))
+    assert_equal(run_embedded(run, monkeypatch), theirs)
+    for changed in ({"CLIP_TYPE": "value"}, {"CLIP_VALUE": 0.03}, {"NORM_TYPE": 1.0}):  # controls
+        name, value = next(iter(changed.items()))
+        others = {**CLIPPED, f"SOLVER.CLIP_GRADIENTS.{name}": value}
+        run = make_run(shapes, tmp_path / name, 0, **keywords(others))
+        assert len(differing(run_embedded(run, monkeypatch)["momentum"], theirs["momentum"])) > 50
+
+
 def test_stateless_stream_is_another_run(shapes, official, tmp_path, monkeypatch):
     """Negative control."""
     run = make_run(shapes, tmp_path, 0, DATALOADER__STREAM="stateless")
     ours = run_embedded(run, monkeypatch)
     found = differing(ours, official(0))
-    assert ".losses.0.loss_cls" in found and ".model.roi_heads.res5.norm.running_var" in found
+    assert ".metrics.0.loss_cls" in found and ".model.roi_heads.res5.norm.running_var" in found

@@ -6,6 +6,7 @@ interrupted and resumed equals one that was not, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,18 @@ from detection.engines.embedded.mask_head import encode_masks
 from detection.engines.embedded.precise_bn import update_bn_statistics
 from detection.engines.embedded.randomness import Randomness, build_randomness
 from detection.engines.embedded.run_state import load_state, save_state
-from detection.engines.embedded.solver import build_optimizer, lr_at, set_lr
-from detection.engines.progress import Progress
+from detection.engines.embedded.solver import build_optimizer, clip_gradients_, lr_at, set_lr
+from detection.engines.evaluations import PeriodicEvaluation
 from detection.engines.session import (
     StopFlag,
     gather_detections,
     is_complete,
     load_initial_weights,
     loss_problem,
+    own_part,
     save_if_due,
     say,
+    start_progress,
     state_to_resume,
     stop_if_not_finite,
     stop_on_signal,
@@ -74,7 +77,7 @@ class EmbeddedEngine:
         model.to(process.device).train()
         compiled = accelerate_(model, cfg, process.device)
         optimizer = build_optimizer(cfg, model)
-        start = _resume(run, model, optimizer, randomness) if run.resume else 0
+        start, losses = _resume(run, model, optimizer, randomness) if run.resume else (0, ())
         if start is None:  # the final model is there
             return
         distributed.broadcast_state(model)
@@ -83,11 +86,9 @@ class EmbeddedEngine:
             say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
             with stop_on_signal() as stop, dead_worker_as_data_error(WORKERS_KEY):
-                _train_iterations(run, model, optimizer, randomness, start, stop)
+                _train_iterations(run, model, optimizer, randomness, start, losses, stop)
         # Detectron2's hook order: precise statistics first, then the final checkpoint.
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            say(run, f"precise batch norm: {cfg.TEST.PRECISE_BN.NUM_ITER} batches")
-            _update_statistics(run, model, randomness)
+        _update_statistics(run, model, randomness)
         states = randomness.states()
         if process.is_main:
             path = run.output_dir / FINAL_MODEL
@@ -95,18 +96,7 @@ class EmbeddedEngine:
         distributed.barrier()
 
     def predict(self, run: Run, records: Sequence[dict]) -> Detections:
-        cfg, process = run.cfg, run.process
-        model = self._trained(run)
-        own = records[_own_part(len(records), process)]
-        samples = eval_loader(own, cfg, num_workers=cfg.DATALOADER.NUM_WORKERS)
-        detections = {}
-        with dead_worker_as_data_error(WORKERS_KEY):
-            for number, (sample,) in enumerate(samples, start=1):
-                detections[sample["image_id"]] = _detect(model, sample, run)
-                if number % 500 == 0 or number == len(own):
-                    say(run, f"predicted {number}/{len(own)} images of rank 0")
-        samples.close()
-        return gather_detections(detections, process)
+        return _predict(self._trained(run), run, records)
 
     def detector(self, run: Run) -> Callable[[dict], tuple]:
         model = self._trained(run)
@@ -130,6 +120,20 @@ class EmbeddedEngine:
         return model
 
 
+def _predict(model: GeneralizedRCNN, run: Run, records: Sequence[dict]) -> Detections:
+    """The detections of all records by a model in eval mode, on every rank."""
+    own = records[own_part(len(records), run.process)]
+    samples = eval_loader(own, run.cfg, num_workers=run.cfg.DATALOADER.NUM_WORKERS)
+    detections = {}
+    with dead_worker_as_data_error(WORKERS_KEY):
+        for number, (sample,) in enumerate(samples, start=1):
+            detections[sample["image_id"]] = _detect(model, sample, run)
+            if number % 500 == 0 or number == len(own):
+                say(run, f"predicted {number}/{len(own)} images of rank 0")
+    samples.close()
+    return gather_detections(detections, run.process)
+
+
 def _detect(model: GeneralizedRCNN, sample: dict, run: Run) -> tuple:
     """The entry of one test sample in `Detections`."""
     with _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED):
@@ -147,41 +151,60 @@ def _train_iterations(
     optimizer: torch.optim.Optimizer,
     randomness: Randomness,
     start: int,
+    recent_losses: Sequence[Sequence[float]],
     stop: StopFlag,
 ) -> None:
     """Iterations `start` to MAX_ITER - 1. Raises: TrainingStopped, NonFiniteError."""
     cfg, process, solver = run.cfg, run.process, run.cfg.SOLVER
-    progress = Progress(
-        run.output_dir,
-        start=start,
-        end=solver.MAX_ITER,
-        period=solver.PROGRESS_PERIOD,
-        show=run.progress,
-    )
+    progress = start_progress(run, start, losses=recent_losses)
+    evaluation = PeriodicEvaluation(run, progress, start)
     forward = model if process.world_size == 1 else distributed.data_parallel(model, process)
     batches = randomness.training_batches(start)
 
-    def save(path: Path, iteration: int) -> None:
-        states = randomness.states()
+    def save(path: Path, iteration: int, **fields: object) -> None:
+        states, losses = randomness.states(), progress.recent_losses()
         if process.is_main:
-            save_state(run, path, model, optimizer, iteration, states)
+            save_state(run, path, model, optimizer, iteration, states, losses, **fields)
 
-    for iteration in range(start, solver.MAX_ITER):
-        batch = next(batches)
-        set_lr(optimizer, cfg, iteration)
-        randomness.seed_step(iteration)
-        with _autocast(process, enabled=solver.AMP.ENABLED):
-            losses, problem = _losses(forward, batch)
-        images = [sample["image_id"] for sample in batch]
-        stop_if_not_finite(problem, images, iteration, lr_at(cfg, iteration), process)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
+    def evaluate(iteration: int) -> None:
+        randomness.pass_evaluation()
+        predict = partial(_predict_in_training, model, run)
+        evaluation.run(iteration, predict, partial(save, iteration=iteration))
 
-        if progress.due(iteration):
+    with contextlib.closing(progress):
+        if evaluation.due(start - 1):  # the session before may have ended in between
+            evaluate(start - 1)
+        for iteration in range(start, solver.MAX_ITER):
+            progress.begin()
+            batch = next(batches)
+            progress.loaded()
+            set_lr(optimizer, cfg, iteration)
+            randomness.seed_step(iteration)
+            with _autocast(process, enabled=solver.AMP.ENABLED):
+                losses, problem = _losses(forward, batch)
+            images = [sample["image_id"] for sample in batch]
+            stop_if_not_finite(problem, images, iteration, lr_at(cfg, iteration), process)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            clip_gradients_(optimizer, cfg)
+            optimizer.step()
+
             progress.report(iteration, losses, lr_at(cfg, iteration))
-        save_if_due(run, iteration, stop, partial(save, iteration=iteration))
+            # Detectron2's hook order: precise statistics, checkpoint, evaluation.
+            if evaluation.due(iteration):
+                _update_statistics(run, model, randomness)
+            save_if_due(run, iteration, stop, partial(save, iteration=iteration))
+            if evaluation.due(iteration):
+                evaluate(iteration)
     batches.close()
+
+
+def _predict_in_training(model: GeneralizedRCNN, run: Run) -> Detections:
+    model.eval()
+    try:
+        return _predict(model, run, run.data.test_records)
+    finally:
+        model.train()
 
 
 def _autocast(process: ProcessInfo, *, enabled: bool) -> torch.autocast:
@@ -199,20 +222,27 @@ def _losses(forward: nn.Module, batch: list[dict]) -> tuple[dict[str, torch.Tens
 
 def _resume(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, randomness: Randomness
-) -> int | None:
-    """Load the newest verified state; returns the next iteration, None where training is done."""
+) -> tuple[int | None, Sequence[Sequence[float]]]:
+    """Load the newest verified state.
+
+    Returns: the next iteration, None where training is done, and the losses before it.
+    """
     path = state_to_resume(run)
     if path is None:
-        return 0
+        return 0, ()
     if is_complete(run, path):
-        return None
-    start = load_state(run, path, model, optimizer, randomness) + 1
+        return None, ()
+    content = load_state(run, path, model, optimizer, randomness)
+    start = content["iteration"] + 1
     say(run, f"resuming from {path} at iteration {start}")
-    return start
+    return start, content.get("recent_losses", ())
 
 
 def _update_statistics(run: Run, model: GeneralizedRCNN, randomness: Randomness) -> None:
     """Precise batch norm over a stream of its own, in full precision, as Detectron2 does it."""
+    if not run.cfg.TEST.PRECISE_BN.ENABLED:
+        return
+    say(run, f"precise batch norm: {run.cfg.TEST.PRECISE_BN.NUM_ITER} batches")
     batches = randomness.precise_bn_batches()
     update_bn_statistics(model, batches, run.cfg.TEST.PRECISE_BN.NUM_ITER)
     batches.close()
@@ -228,10 +258,3 @@ def amp_note(cfg: CfgNode, device: torch.device) -> str | None:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "SOLVER.AMP.ENABLED: this GPU only emulates bfloat16, so it may be slower"
     return None
-
-
-def _own_part(num_records: int, process: ProcessInfo) -> slice:
-    """A contiguous part a rank, the first ones one longer, as Detectron2's InferenceSampler."""
-    share, rest = divmod(num_records, process.world_size)
-    start = process.rank * share + min(process.rank, rest)
-    return slice(start, start + share + (process.rank < rest))

@@ -17,6 +17,7 @@ from detection.data.detectron2_stream import Detectron2Stream
 from detection.data.loader import SampleDraw, train_loader
 from detection.data.sample_loader import Loader
 from detection.engines.base import Run
+from detection.engines.session import own_part
 from moco.errors import CheckpointError
 from moco.seeding import derive_seed
 
@@ -34,7 +35,11 @@ class Randomness(Protocol):
         """Before each iteration: RPN and ROI heads sample with torch's global generator."""
 
     def precise_bn_batches(self) -> Loader:
-        """The batches of precise batch norm; what its forward passes draw is seeded too."""
+        """The batches of precise batch norm; what its forward passes draw is seeded too. It comes
+        before each evaluation during training, and at the end."""
+
+    def pass_evaluation(self) -> None:
+        """Before an evaluation during training, also where a resumed run has done it already."""
 
     def states(self) -> list[dict] | None:
         """What a resumed run needs, of every rank (call it on all); None: nothing."""
@@ -73,6 +78,9 @@ class StatelessRandomness:
         self._seed_step(seed, 0)
         return self._loader(seed, 0)
 
+    def pass_evaluation(self) -> None:
+        pass
+
     def states(self) -> None:
         return None
 
@@ -109,12 +117,14 @@ class Detectron2Randomness:
         self._num_iterations = run.cfg.SOLVER.MAX_ITER
         self._saved: dict | None = None
         self._started = False
+        own_images = own_part(len(run.data.test_records), process)
         self._stream = Detectron2Stream(
             run.data.train_records,
             run.cfg,
             seed=run.seed,
             rank=process.rank,
             world_size=process.world_size,
+            num_test_images=own_images.stop - own_images.start,
         )
 
     def seed_model(self) -> None:
@@ -132,6 +142,9 @@ class Detectron2Randomness:
             self._training_draws(self._num_iterations)
         draws = self._stream.precise_bn_draws()
         return self._stream.load(draws, num_processes=self._num_processes)
+
+    def pass_evaluation(self) -> None:
+        self._stream.draw_evaluation()
 
     def states(self) -> list[dict]:
         own = _torch_states(self._process.device)

@@ -1,15 +1,20 @@
-"""ResNet-50/101/152 cut as a C4 detector needs it: stem, res2, res3, res4, and res5 apart.
+"""A ResNet cut as a C4 detector needs it: stem, res2, res3, res4, and res5 apart.
 
 Names and random draws are Detectron2's (detectron2/modeling/backbone/resnet.py): the backbone
 builds a res5 and drops it, and every convolution is first initialised by torch and then by MSRA.
+Depth 18 and 34 have basic blocks, in the res5 of the ROI heads too: those of Detectron2's heads are
+bottlenecks at every depth, which a pretrained ResNet-18 has no weights for.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from detection.config_keys import has_basic_blocks
 from detection.engines.embedded.norm import build_norm, freeze
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
@@ -17,8 +22,14 @@ from moco.kernels import convolution, residual
 from moco.kernels.norm import norm_relu
 
 STRIDE = 16  # of res4
-_NUM_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-_NUM_HEAD_BLOCKS = 3  # of the res5 in the ROI heads, at every depth
+_NUM_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+_NUM_HEAD_BLOCKS = {18: 2}  # of the res5 in the ROI heads; 3 at any other depth
 
 
 class NormedConv2d(nn.Conv2d):
@@ -56,6 +67,25 @@ class Stem(nn.Module):
         return F.max_pool2d(x_BCHW, kernel_size=3, stride=2, padding=1)
 
 
+class BasicBlock(nn.Module):
+    """3x3 and 3x3 with a shortcut, which is a convolution where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: str):
+        super().__init__()
+        self.shortcut = None
+        if in_channels != out_channels:
+            self.shortcut = NormedConv2d(in_channels, out_channels, 1, stride=stride, norm=norm)
+        self.conv1 = NormedConv2d(in_channels, out_channels, 3, stride=stride, norm=norm)
+        self.conv2 = NormedConv2d(out_channels, out_channels, 3, norm=norm)
+        # The order of the draws, as in `Bottleneck`.
+        for conv in (self.conv1, self.conv2, self.shortcut):
+            if conv is not None:
+                _msra_init(conv)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return _residual((self.conv1, self.conv2), self.shortcut, x_BCHW)
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 with a shortcut, which is a convolution where the width changes."""
 
@@ -87,14 +117,24 @@ class Bottleneck(nn.Module):
                 _msra_init(conv)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        pairs = [(conv, conv.norm) for conv in (self.conv1, self.conv2, self.conv3)]
-        shortcut = None if self.shortcut is None else (self.shortcut, self.shortcut.norm)
-        if residual.has_kernels(pairs if shortcut is None else [*pairs, shortcut], x_BCHW):
-            return residual.residual(pairs, shortcut, x_BCHW)
-        y_BCHW = self.conv2(self.conv1(x_BCHW, relu=True), relu=True)
-        y_BCHW = self.conv3(y_BCHW)
-        y_BCHW += x_BCHW if self.shortcut is None else self.shortcut(x_BCHW)
-        return F.relu_(y_BCHW)
+        return _residual((self.conv1, self.conv2, self.conv3), self.shortcut, x_BCHW)
+
+
+def _residual(
+    convs: Sequence[NormedConv2d], shortcut: NormedConv2d | None, x_BCHW: torch.Tensor
+) -> torch.Tensor:
+    """relu(convs(x) + shortcut(x)) with ReLU also between the convolutions."""
+    pairs = [(conv, conv.norm) for conv in convs]
+    projection = None if shortcut is None else (shortcut, shortcut.norm)
+    if residual.has_kernels(pairs if projection is None else [*pairs, projection], x_BCHW):
+        return residual.residual(pairs, projection, x_BCHW)
+    *inner, last = convs
+    y_BCHW = x_BCHW
+    for conv in inner:
+        y_BCHW = conv(y_BCHW, relu=True)
+    y_BCHW = last(y_BCHW)
+    y_BCHW += x_BCHW if shortcut is None else shortcut(x_BCHW)
+    return F.relu_(y_BCHW)
 
 
 class Res5(nn.Sequential):
@@ -102,7 +142,7 @@ class Res5(nn.Sequential):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         for layer in self:
-            is_block = isinstance(layer, Bottleneck)
+            is_block = isinstance(layer, BasicBlock | Bottleneck)
             x_BCHW = layer(x_BCHW) if is_block else norm_relu(layer, x_BCHW, relu=False)
         return x_BCHW
 
@@ -145,32 +185,35 @@ def build_stage(cfg: CfgNode, stage: int, num_blocks: int) -> nn.Sequential:
     """res2 ... res5 (`stage` 2 ... 5) in the widths of `MODEL.RESNETS`."""
     options = cfg.MODEL.RESNETS
     width_in = options.STEM_OUT_CHANNELS if stage == 2 else channels(cfg, stage - 1)
+    width = channels(cfg, stage)
     blocks = []
     for index in range(num_blocks):
-        blocks.append(
-            Bottleneck(
-                width_in if index == 0 else channels(cfg, stage),
-                channels(cfg, stage),
-                bottleneck_channels=options.NUM_GROUPS * options.WIDTH_PER_GROUP * 2 ** (stage - 2),
-                stride=2 if index == 0 and stage > 2 else 1,
-                num_groups=options.NUM_GROUPS,
-                stride_in_1x1=options.STRIDE_IN_1X1,
-                norm=options.NORM,
-            )
+        widths = width_in if index == 0 else width, width
+        common = {"stride": 2 if index == 0 and stage > 2 else 1, "norm": options.NORM}
+        if has_basic_blocks(cfg):
+            blocks.append(BasicBlock(*widths, **common))
+            continue
+        block = Bottleneck(
+            *widths,
+            bottleneck_channels=options.NUM_GROUPS * options.WIDTH_PER_GROUP * 2 ** (stage - 2),
+            num_groups=options.NUM_GROUPS,
+            stride_in_1x1=options.STRIDE_IN_1X1,
+            **common,
         )
+        blocks.append(block)
     return nn.Sequential(*blocks)
 
 
 def build_head_res5(cfg: CfgNode) -> Res5:
     """The res5 that the ROI heads apply to each pooled region."""
-    return Res5(*build_stage(cfg, 5, _NUM_HEAD_BLOCKS))
+    return Res5(*build_stage(cfg, 5, _NUM_HEAD_BLOCKS.get(cfg.MODEL.RESNETS.DEPTH, 3)))
 
 
 def build_backbone(cfg: CfgNode) -> ResNet:
     """stem, res2, res3, res4; forward gives {"res4": [B, C, ceil(H / 16), ceil(W / 16)]}.
 
     The first `MODEL.BACKBONE.FREEZE_AT` parts are frozen.
-    Raises: ConfigError for a depth other than 50, 101 or 152.
+    Raises: ConfigError for a depth other than 18, 34, 50, 101 or 152.
     """
     stem, stages = _build_parts(cfg)
     del stages["res5"]  # Built above only for the random numbers it draws.
@@ -193,8 +236,8 @@ def _build_parts(cfg: CfgNode) -> tuple[Stem, dict[str, nn.Sequential]]:
     options = cfg.MODEL.RESNETS
     if options.DEPTH not in _NUM_BLOCKS:
         raise ConfigError(
-            f"MODEL.RESNETS.DEPTH is {options.DEPTH}; allowed: 50, 101, 152 (depth 18 and 34 have "
-            "other blocks, which the embedded engine does not build); change the depth"
+            f"MODEL.RESNETS.DEPTH is {options.DEPTH}; allowed: "
+            f"{', '.join(map(str, _NUM_BLOCKS))}; change the depth"
         )
     num_channels = len(cfg.MODEL.PIXEL_MEAN)
     stem = Stem(num_channels, options.STEM_OUT_CHANNELS, norm=options.NORM)

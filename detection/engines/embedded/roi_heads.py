@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.ops import RoIAlign, batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import RoIAlign, batched_nms, clip_boxes_to_image
 
 from detection.data.masks import Masks
 from detection.engines.embedded.losses import smooth_l1_loss
 from detection.engines.embedded.mask_head import MaskHead, build_mask_head, crop_masks, mask_loss
 from detection.engines.embedded.norm import build_norm
 from detection.engines.embedded.resnet_c4 import STRIDE, Res5, build_head_res5, channels
-from detection.engines.embedded.rpn import Sizes, sample_balanced
+from detection.engines.embedded.rpn import Sizes, overlaps, sample_balanced
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
 from moco.kernels.roi_align import roi_align
@@ -263,7 +263,7 @@ class Res5ROIHeads(nn.Module):
             classes = torch.full_like(boxes[:, 0], num_classes, dtype=torch.int64)
             targets, nearest = boxes, torch.zeros_like(classes)
         else:
-            matches = self.matcher(box_iou(gt_boxes, boxes))
+            matches = self.matcher(overlaps(gt_boxes, boxes))
             nearest = matches.clamp(min=0)
             classes = torch.where(matches >= 0, gt_classes[nearest], num_classes)
             targets = gt_boxes[nearest]

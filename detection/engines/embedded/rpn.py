@@ -114,7 +114,7 @@ class RPN(nn.Module):
             matches = torch.full_like(anchors[:, 0], Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64)
             targets = anchors
         else:
-            matches = self.matcher(box_iou(gt_boxes, anchors))
+            matches = self.matcher(overlaps(gt_boxes, anchors))
             targets = gt_boxes[matches.clamp(min=0)]
         foreground, background = sample_balanced(
             matches >= 0,
@@ -198,6 +198,12 @@ class RPN(nn.Module):
             return nms(boxes, self.nms_threshold, most)
         one_group = torch.zeros_like(scores, dtype=torch.int64)
         return batched_nms(boxes, scores, one_group, self.nms_threshold)[:most]
+
+
+def overlaps(boxes_N4: torch.Tensor, others_M4: torch.Tensor) -> torch.Tensor:
+    """Intersection over union [N, M]; 0 where both boxes have no area, as in Detectron2
+    (structures/boxes.py, pairwise_iou), where torchvision's is NaN, which a matcher takes."""
+    return torch.nan_to_num(box_iou(boxes_N4, others_M4), nan=0.0)
 
 
 def sample_balanced(

@@ -26,16 +26,22 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     iteration: int,
     random_states: list[dict] | None = None,
+    recent_losses: list[list[float]] | None = None,
+    **fields: object,
 ) -> None:
     """Write one checkpoint and remove older ones; call it on rank 0 only.
 
     Args:
         random_states: `Randomness.states()`, of all ranks.
+        recent_losses: of `Progress`.
+        fields: more of the manifest.
     """
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if random_states is not None:
         content["random_states"] = random_states
-    write_state(run, path, content, iteration=iteration, engine=ENGINE)
+    if recent_losses is not None:
+        content["recent_losses"] = recent_losses
+    write_state(run, path, content, iteration=iteration, engine=ENGINE, **fields)
 
 
 def load_state(
@@ -44,8 +50,8 @@ def load_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     randomness: Randomness | None = None,
-) -> int:
-    """Copy a checkpoint into what is given; returns the iteration it was taken at.
+) -> dict:
+    """Copy a checkpoint into what is given; returns its whole content.
 
     Raises: CheckpointError where it belongs to another configuration, seed or model.
     """
@@ -58,4 +64,4 @@ def load_state(
         raise CheckpointError(f"{path}: does not fit: {' '.join(str(error).split())}") from error
     if randomness is not None:
         randomness.restore(content.get("random_states"), path)
-    return content["iteration"]
+    return content

@@ -59,6 +59,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     return optimizer
 
 
+def clip_gradients_(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> None:
+    """With SOLVER.CLIP_GRADIENTS.ENABLED, bound the gradient of each parameter apart: its elements
+    by +-CLIP_VALUE (CLIP_TYPE "value"), or its NORM_TYPE-norm by CLIP_VALUE ("norm")."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if clip.CLIP_TYPE == "norm":
+                torch.nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)
+            else:
+                torch.nn.utils.clip_grad_value_(parameter, clip.CLIP_VALUE)
+
+
 def lr_at(cfg: CfgNode, iteration: int) -> float:
     """The learning rate of iteration 0 ... MAX_ITER - 1 (of groups with BIAS_LR_FACTOR 1).
 

@@ -20,6 +20,7 @@ from detectron2_runs import (  # noqa: E402
     MAX_ITER,
     NUM_ITERATIONS,
     NUM_MORE,
+    ONE_ITERATION,
     config,
     extend,
     make_run,
@@ -103,6 +104,28 @@ def test_it_trains_bit_for_bit_as_the_embedded_engine_replaying_its_stream(
                                                        (EmbeddedEngine(), run)))  # fmt: skip
     for image_id, found in theirs.items():
         assert len(found[0]) and all(map(np.array_equal, found, ours[image_id]))
+
+
+def test_a_resnet18_trains_bit_for_bit_as_the_embedded_engine(shapes, tmp_path):
+    """With basic blocks in res5 too, where Detectron2's own heads build bottlenecks."""
+    keys = {
+        "MODEL__RESNETS__DEPTH": 18,
+        "MODEL__RESNETS__STEM_OUT_CHANNELS": 64,
+        "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
+        "MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 8,
+        "TEST__PRECISE_BN__NUM_ITER": 1,
+        **ONE_ITERATION,
+    }
+    theirs = make_run(shapes, tmp_path / "theirs", **keys)
+    Detectron2Engine().train(theirs)
+    ours = make_run(shapes, tmp_path / "ours", DATALOADER__STREAM="detectron2", SEED=3, **keys)
+    EmbeddedEngine().train(ours)
+    assert differing(model_in(ours), model_in(theirs)) == []
+    assert model_in(theirs)["roi_heads.res5.1.conv2.weight"].shape == (512, 512, 3, 3)
+    narrow = config(shapes, **{**keys, "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+                               "MODEL__RESNETS__RES2_OUT_CHANNELS": 32})  # fmt: skip
+    with pytest.raises(ConfigError, match="is 32, but Detectron2 builds DEPTH 18 with 64 only"):
+        Detectron2Engine().check(narrow, eval_only=False)
 
 
 def test_another_seed_is_another_model(shapes, finished, tmp_path):

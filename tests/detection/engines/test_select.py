@@ -47,6 +47,10 @@ def test_detectron2_that_is_absent_is_one_line_with_the_remedy(detectron2_is_abs
     assert "\n" not in str(caught.value)
 
 
+R18 = ["MODEL.RESNETS.DEPTH", "18"]
+NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
+
+
 @pytest.mark.parametrize(
     "words, device_type, name",
     [
@@ -54,6 +58,8 @@ def test_detectron2_that_is_absent_is_one_line_with_the_remedy(detectron2_is_abs
         (["MODEL.CHANNELS_LAST", "True"], "cuda", "embedded"),
         (["SOLVER.AMP.ENABLED", "True"], "cpu", "embedded"),
         (["SOLVER.AMP.ENABLED", "True"], "cuda", "detectron2"),
+        (["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", *R18], "cpu", "detectron2"),
+        (["MODEL.RESNETS.RES2_OUT_CHANNELS", "32", *NARROW, *R18], "cpu", "embedded"),
     ],
 )
 def test_auto_leaves_to_the_embedded_one_what_only_that_can(

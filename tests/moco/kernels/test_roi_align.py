@@ -78,6 +78,78 @@ def test_features_smaller_than_a_bin_and_of_one_pixel():
         assert worst([ours], [expected]) < TOLERANCE[torch.float32]
 
 
+def cases_beyond_the_map():
+    """(features, regions, scale): maps of all sizes, regions in and beyond them, every second time
+    of whole numbers, whose samples can fall on the very place of the cut-off."""
+    generator = torch.Generator().manual_seed(3)
+    for number in range(48):
+        height, width = torch.randint(1, 30, (2,), generator=generator).tolist()
+        x = torch.randn(1, 3, height, width, generator=generator)
+        scale = (1 / 16, 1 / 4, 1.0)[number % 3]
+        extent = torch.tensor([width, height]) / scale
+        corner = (torch.rand(30, 2, generator=generator) * 3 - 1) * extent
+        size = torch.rand(30, 2, generator=generator) * 1.5 * extent
+        if number % 2:
+            corner, size = corner.round(), size.round()
+        yield x, torch.cat([torch.zeros(30, 1), corner, corner + size], dim=1), scale
+
+
+def is_at_the_cut_off(x, rois, options):
+    """[R]: whether rounding can decide if a sample counts: torchvision takes those from -1 to the
+    height or width, both included (ops/cpu/roi_align_common.h)."""
+    side, scale, offset = options["side"], options["scale"], 0.5 * options["aligned"]
+    found = []
+    for roi in rois.double():
+        at_edge = False
+        for low, high, pixels in ((1, 3, x.shape[3]), (2, 4, x.shape[2])):
+            start = roi[low] * scale - offset
+            length = roi[high] * scale - offset - start
+            length = length if options["aligned"] else length.clamp(min=1)
+            count = options["sampling_ratio"] or max(int((length / side).ceil()), 1)
+            place = start + (torch.arange(side * count) + 0.5) * length / (side * count)
+            at_edge |= bool((((place + 1).abs() < 1e-4) | ((place - pixels).abs() < 1e-4)).any())
+        found.append(at_edge)
+    return torch.tensor(found)
+
+
+def by_region(a, b):
+    """[R]: the largest difference of each region's result."""
+    return (a - b).abs().flatten(1).amax(dim=1)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_regions_beyond_the_map_see_what_torchvisions_see(sampling_ratio, aligned):
+    """A sample on the very edge counts or not by its last bit: float32's is torchvision's in
+    float32, and only such regions differ from float64, torchvision's own as much."""
+    num_decided, num_seen_by_control = 0, 0
+    for x, rois, scale in cases_beyond_the_map():
+        options = {"side": 7, "scale": scale, "sampling_ratio": sampling_ratio, "aligned": aligned}
+        upstream = torch.randn(len(rois), 3, 7, 7, generator=torch.Generator().manual_seed(4))
+
+        def ours(x, rois, options=options):
+            return roi_align(x, rois, **options)
+
+        y, gradient = run(ours, x, rois, upstream)
+        same, same_gradient = run(torchvisions(options), x, rois, upstream)
+        assert by_region(y, same).max() < 1e-5
+        assert (gradient - same_gradient).abs().max() < 1e-5 * max(1, same_gradient.abs().max())
+        edge = is_at_the_cut_off(x, rois, options)
+        exact = torchvisions(options)(x.double(), rois)
+        assert (by_region(y, exact)[~edge] < 1e-5).all()
+        decided = by_region(same, exact) > 1e-3
+        assert not (decided & ~edge).any()
+        num_decided += int(decided.sum())
+        inside, part = rois[~edge], upstream[~edge]
+        _, gradient = run(ours, x, inside, part)
+        _, exact_gradient = run(torchvisions(options), x.double(), inside, part.double())
+        assert (gradient - exact_gradient).abs().max() < 1e-5 * max(1, exact_gradient.abs().max())
+        # Control: an edge that is off by the last bits of a place is seen.
+        moved = rois + torch.tensor([0, 1, 1, 1, 1]) * 2e-4 / scale
+        num_seen_by_control += int((by_region(ours(x, moved), same) > 0.01).sum())
+    assert num_decided > 0 and num_seen_by_control > 0
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_same_bits_with_any_number_of_threads(threads):
     before = torch.get_num_threads()

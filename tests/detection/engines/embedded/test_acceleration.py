@@ -106,9 +106,23 @@ def fixed_proposals(monkeypatch):
     monkeypatch.setattr(rpn.RPN, "propose", proposed)
 
 
-@pytest.mark.parametrize("norm", ["BN", "naiveSyncBN"])
-def test_losses_gradients_and_statistics(tiny_cfg, batch, calls, fixed_proposals, norm):
-    plain, fast = two_models(tiny_cfg, MODEL__RESNETS__NORM=norm)
+BASIC = {"MODEL__RESNETS__DEPTH": 18, "MODEL__RESNETS__RES2_OUT_CHANNELS": 32}
+
+
+@pytest.mark.parametrize(
+    "changes, num_blocks",
+    [
+        # 13 blocks in the backbone, 3 in the head.
+        ({"MODEL__RESNETS__NORM": "BN"}, 16),
+        ({"MODEL__RESNETS__NORM": "naiveSyncBN"}, 16),
+        (BASIC, 8),
+    ],
+    ids=["BN", "naiveSyncBN", "depth 18"],
+)
+def test_losses_gradients_and_statistics(
+    tiny_cfg, batch, calls, fixed_proposals, changes, num_blocks
+):
+    plain, fast = two_models(tiny_cfg, **changes)
     assert all(torch.equal(a, b) for a, b in zip(
         plain.state_dict().values(), fast.state_dict().values(), strict=True))  # fmt: skip
     assert list(plain.state_dict()) == list(fast.state_dict())
@@ -116,12 +130,13 @@ def test_losses_gradients_and_statistics(tiny_cfg, batch, calls, fixed_proposals
     rounding = distance(losses_and_gradients(plain, batch), expected)
     assert calls == {}
     ours = losses_and_gradients(fast, batch)
-    # 13 blocks in the backbone, 3 in the head; the RPN's convolution; an RoIAlign; two images.
-    assert calls == {"residual": 16, "by_kernels": 1, "roi_align": 1, "nms": 2}
+    # The RPN's convolution; an RoIAlign; two images.
+    assert calls == {"residual": num_blocks, "by_kernels": 1, "roi_align": 1, "nms": 2}
     assert distance(ours, expected) < 2 * rounding + 1e-5
     # Negative control: the other image's pixels.
     swapped = [{**one, "image": one["image"].flip(2)} for one in batch]
-    assert distance(losses_and_gradients(two_models(tiny_cfg)[1], swapped), expected) > 0.05
+    other = losses_and_gradients(two_models(tiny_cfg, **changes)[1], swapped)
+    assert distance(other, expected) > 0.05
 
 
 def test_bfloat16_is_as_near_as_torchs(tiny_cfg, batch):

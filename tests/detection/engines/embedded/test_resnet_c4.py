@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.models import get_model
 
 from detection.config import get_defaults
 from detection.engines.embedded.norm import FrozenBatchNorm2d
-from detection.engines.embedded.resnet_c4 import build_backbone, feature_trunk
+from detection.engines.embedded.resnet_c4 import (
+    BasicBlock,
+    build_backbone,
+    build_head_res5,
+    feature_trunk,
+)
 from moco.errors import ConfigError
 
 
@@ -49,13 +55,14 @@ def test_where_the_stride_is(tiny_cfg, in_1x1):
     assert block.shortcut.stride[0] == 2
 
 
-def test_trunk_equals_torchvision_resnet50(tiny_cfg):
-    from torchvision.models import resnet50
-
-    full = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 256, "WIDTH_PER_GROUP": 64}
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_trunk_equals_torchvisions(tiny_cfg, depth):
+    width = 256 if depth == 50 else 64
+    full = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": width, "WIDTH_PER_GROUP": 64}
+    full["DEPTH"] = depth
     cfg = tiny_cfg(**{f"MODEL__RESNETS__{key}": value for key, value in full.items()})
     trunk = feature_trunk(cfg).eval()
-    reference = resnet50(weights=None).eval()
+    reference = get_model(f"resnet{depth}").eval()
     # torchvision registers conv, norm, ..., shortcut; ours is the shortcut first.
     names = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
     names |= {f"bn{i}": f"conv{i}.norm" for i in (1, 2, 3)}
@@ -75,8 +82,16 @@ def test_trunk_equals_torchvision_resnet50(tiny_cfg):
             torch.testing.assert_close(features[f"res{index + 1}"], y, rtol=1e-5, atol=1e-5)
 
 
-def test_depth_18_is_refused():
+@pytest.mark.parametrize("depth, blocks", [(18, 2), (34, 3)])
+def test_the_heads_res5_is_of_basic_blocks_as_many_as_layer4_has(tiny_cfg, depth, blocks):
+    cfg = tiny_cfg(MODEL__RESNETS__DEPTH=depth, MODEL__RESNETS__RES2_OUT_CHANNELS=8)
+    res5 = build_head_res5(cfg)
+    assert [type(block) for block in res5] == [BasicBlock] * blocks
+    assert res5(torch.zeros(2, 32, 14, 14)).shape == (2, 64, 7, 7)
+
+
+def test_another_depth_is_refused():
     cfg = get_defaults()
-    cfg.MODEL.RESNETS.DEPTH = 18
-    with pytest.raises(ConfigError, match="DEPTH is 18; allowed: 50, 101, 152"):
+    cfg.MODEL.RESNETS.DEPTH = 20
+    with pytest.raises(ConfigError, match="DEPTH is 20; allowed: 18, 34, 50, 101, 152"):
         build_backbone(cfg)

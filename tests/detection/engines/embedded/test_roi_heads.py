@@ -107,6 +107,19 @@ def test_sampled_regions_are_foreground_first_and_ground_truth_joins(tiny_cfg):
     assert heads.sample_regions(proposals, gt_boxes, gt_classes).boxes[0].tolist() == [0, 0, 10, 5]
 
 
+@pytest.mark.parametrize("box", [[20.0, 20.0, 20.0, 20.0], [20.0, 20.0, 20.0, 50.0]])
+def test_ground_truth_without_an_area_is_background_and_its_loss_finite(tiny_cfg, box):
+    """Its overlap with itself, which joins the proposals, is 0 / 0: 0, as in Detectron2."""
+    heads = build_roi_heads(tiny_cfg(MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=16))
+    gt_boxes, gt_classes = torch.tensor([box, [0.0, 0.0, 10.0, 10.0]]), torch.tensor([0, 1])
+    proposals = torch.tensor([[0.0, 0, 10, 9], [15, 15, 60, 60], [40, 40, 60, 60]])
+    regions = heads.sample_regions(proposals, gt_boxes, gt_classes)
+    by_box = {tuple(b): c for b, c in zip(regions.boxes.tolist(), regions.classes, strict=True)}
+    assert by_box[tuple(box)] == 3 and by_box[0, 0, 10, 10] == by_box[0, 0, 10, 9] == 1
+    losses = heads.losses(torch.randn(1, 128, 8, 8), [proposals], [gt_boxes], [gt_classes])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
 def test_regions_of_an_image_without_boxes_are_background(tiny_cfg):
     heads = build_roi_heads(tiny_cfg())
     proposals = torch.rand(5, 4)

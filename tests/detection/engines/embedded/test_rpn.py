@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torchvision.ops import box_iou
 
 from detection.engines.embedded.anchors import AnchorGrid
-from detection.engines.embedded.rpn import RPN, RPNHead, build_rpn, sample_balanced
+from detection.engines.embedded.rpn import RPN, RPNHead, build_rpn, overlaps, sample_balanced
 from moco.errors import NonFiniteError
 
 
@@ -155,3 +156,14 @@ def _one_of_two(rank: int, folder: str) -> None:
 
 def test_all_ranks_stop_where_one_has_non_finite_proposals(tmp_path):
     torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+
+
+def test_overlaps_of_boxes_without_an_area_are_0():
+    """Where torchvision's are NaN; all others are torchvision's bits."""
+    corners = torch.rand(9, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values
+    boxes = corners.reshape(9, 4) * 50
+    boxes[3:6, 2] = boxes[3:6, 0]
+    boxes[6, 2:] = boxes[6, :2]
+    theirs, ours = box_iou(boxes, boxes), overlaps(boxes, boxes)
+    assert theirs.isnan().sum() == 16  # control: four boxes without an area
+    assert torch.equal(ours, torch.where(theirs.isnan(), 0.0, theirs))

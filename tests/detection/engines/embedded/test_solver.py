@@ -7,7 +7,7 @@ import torch
 
 from detection.config import load_detection_config
 from detection.engines.embedded.faster_rcnn import build_model
-from detection.engines.embedded.solver import build_optimizer, lr_at, set_lr
+from detection.engines.embedded.solver import build_optimizer, clip_gradients_, lr_at, set_lr
 from moco.errors import ConfigError
 
 VOC_24K = {
@@ -101,3 +101,27 @@ def test_a_step_worked_by_hand():
         velocity = 0.5 * velocity + 1.0 + 0.1 * weight
         weight -= 0.02 * velocity
     assert layer.weight.item() == pytest.approx(weight)
+
+
+@pytest.mark.parametrize(
+    "clip_type, norm_type, expected",
+    [
+        ("value", 2.0, ([1.0, -1.0], [0.5])),
+        ("norm", 2.0, ([0.6, -0.8], [0.5])),  # of (3, -4): 5
+        ("norm", 1.0, ([3 / 7, -4 / 7], [0.5])),
+        (None, 2.0, ([3.0, -4.0], [0.5])),
+    ],
+)
+def test_gradients_are_clipped_by_value_or_norm_each_parameter_apart(
+    clip_type, norm_type, expected
+):
+    keys = {"ENABLED": clip_type is not None, "CLIP_TYPE": clip_type or "norm"}
+    keys |= {"CLIP_VALUE": 1.0, "NORM_TYPE": norm_type}
+    cfg = config(**{f"CLIP_GRADIENTS.{key}": value for key, value in keys.items()})
+    layers = torch.nn.Sequential(*(torch.nn.Linear(size, 1, bias=False) for size in (2, 1)))
+    layers[0].weight.grad = torch.tensor([[3.0, -4.0]])
+    layers[1].weight.grad = torch.tensor([[0.5]])
+    optimizer = build_optimizer(cfg, layers)
+    clip_gradients_(optimizer, cfg)
+    for layer, wanted in zip(layers, expected, strict=True):
+        assert layer.weight.grad.flatten().tolist() == pytest.approx(wanted, rel=1e-5)
