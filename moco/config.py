@@ -21,6 +21,9 @@ DIGEST_EXCLUDE = (
     "LOG",
     "KNN",
 )
+# Keys that came later, and the value with which a run is what it was before: then they are not in
+# its digest, and a checkpoint without them continues.
+ADDED_LATER = {"MODEL.WEIGHTS": "", "DATA.CHANNELS": 3, "DATA.FINGERPRINT": "names"}
 
 
 OWN_VALUE = -1.0  # of DATA.BLUR_PROBABILITY: what the recipe itself says
@@ -39,6 +42,7 @@ def get_defaults() -> CfgNode:
             HEAD="mlp",  # "mlp" (v2) or "linear" (v1); v3 has its own
             DIM=128,
             BN_SPLITS=1,  # groups batch norm sees in one process (8 imitates 8 GPUs)
+            WEIGHTS="",  # a file or run folder the encoders start from, see docs/TRAINING.md
             NORM="BN",  # "BN" (each process its own images) or "SyncBN" (all images together)
         ),
         MOCO=CfgNode(
@@ -61,8 +65,10 @@ def get_defaults() -> CfgNode:
             MOMENTUM=0.5,  # of a stored feature when its image is seen again
         ),
         DATA=CfgNode(
+            FINGERPRINT="names",  # of the images, that a resume compares; or "contents" of packs
             RECIPE="v2",  # "v1", "v2" or "v3"
             SIZE=224,
+            CHANNELS=3,  # of an image, MEAN and STD: 3 (RGB), 1 (grey) or 4 (RGB and another)
             CROP_SCALE=(0.2, 1.0),
             BLUR_PROBABILITY=OWN_VALUE,  # of both views; -1: the recipe's own
             MEAN=(0.485, 0.456, 0.406),
@@ -122,7 +128,9 @@ _CHOICES = {
     "MODEL.NORM": ("BN", "SyncBN"),
     "END_TO_END.LOSS": ("info_nce", "nt_xent"),
     "MOCO.MOMENTUM_SCHEDULE": ("constant", "cosine"),
+    "DATA.FINGERPRINT": ("names", "contents"),
     "DATA.RECIPE": ("v1", "v2", "v3"),
+    "DATA.CHANNELS": (1, 3, 4),
     "DATA.ORDER": ("uniform", "blocks"),
     "AUGMENT.BACKEND": ("pil", "opencv", "device"),
     "AUGMENT.DECODE": ("cpu", "gpu"),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from moco.cfgnode import did_you_mean, flatten
 from moco.config import DIGEST_EXCLUDE, get_defaults
 from moco.errors import ConfigError
-from moco.training.identity import ACCUMULATION, DATA
+from moco.training.identity import ACCUMULATION, DATA, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Changes:
                 raise ConfigError(
                     f"--allow-change: unknown name {name!r}{did_you_mean(name, known)}; allowed: "
                     f"a configuration key in full, such as TRAIN.LR, or {DATA}"
+                )
+            if name == WEIGHTS:
+                raise ConfigError(
+                    f"--allow-change: {name} is read at the start of a run alone; give what it was "
+                    "started with, or start another run with another --output-dir"
                 )
             if name == ACCUMULATION:
                 raise ConfigError(

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from moco import cfgnode
 from moco.cfgnode import flatten
+from moco.config import ADDED_LATER, DIGEST_EXCLUDE, load_pretrain_config
 from moco.errors import CheckpointError, ConfigError
 from moco.training import state
 from moco.training.changes import Changes
@@ -161,3 +163,19 @@ def test_other_versions_are_said():
 
 def test_control_the_compared_keys_are_all_but_the_excluded():
     assert {"TRAIN.LR", "MODEL.ARCH", "SEED"} <= flatten(identity().config).keys()
+
+
+def test_keys_that_came_later_leave_older_runs_as_they_were():
+    """Digests as of the code before these keys; a checkpoint without them continues."""
+    digest = cfgnode.digest(load_pretrain_config(None), DIGEST_EXCLUDE, ADDED_LATER)
+    assert digest == "d66bee2e7e7a546d" and identity().config_digest == "6f35b7ed833afdf9"
+    older = extra(identity())
+    older["config"] = cfgnode.to_dict(tiny.config())
+    for key in ADDED_LATER:
+        section, name = key.split(".")
+        del older["config"][section][name]
+    assert identity().check(PATH, older) == []
+    now = identity(DATA__CHANNELS=1, DATA__MEAN="(0.5,)", DATA__STD="(0.5,)")
+    assert now.config_digest != identity().config_digest
+    with pytest.raises(CheckpointError, match=r"\(DATA.CHANNELS 3 -> 1; DATA.MEAN"):
+        now.check(PATH, older)
