@@ -168,6 +168,7 @@ _AT_LEAST = {
     "KNN.K": 1,
     "KNN.BATCH_SIZE": 1,
 }
+_COUNTS = {1: "one number", 3: "three numbers", 4: "four numbers"}  # by DATA.CHANNELS
 _POSITIVE = ("MODEL.WIDTH", "MOCO.TEMPERATURE", "TRAIN.LR", "KNN.TEMPERATURE")
 
 
@@ -202,9 +203,11 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
 
 def _check_pixels(where: str, cfg: CfgNode) -> None:
     data = cfg.DATA
-    _require(where, "DATA.MEAN", data.MEAN, len(data.MEAN) == 3, "three numbers")
-    ok = len(data.STD) == 3 and all(value > 0 for value in data.STD)
-    _require(where, "DATA.STD", data.STD, ok, "three numbers above 0")
+    channels, count = data.CHANNELS, _COUNTS[data.CHANNELS]
+    of = "" if channels == 3 else f", as DATA.CHANNELS is {channels}"
+    _require(where, "DATA.MEAN", data.MEAN, len(data.MEAN) == channels, f"{count}{of}")
+    ok = len(data.STD) == channels and all(value > 0 for value in data.STD)
+    _require(where, "DATA.STD", data.STD, ok, f"{count} above 0{of}")
     ok = len(data.CROP_SCALE) == 2 and 0 < data.CROP_SCALE[0] <= data.CROP_SCALE[-1] <= 1
     _require(where, "DATA.CROP_SCALE", data.CROP_SCALE, ok, "two shares of the area, ascending")
     blur = data.BLUR_PROBABILITY
@@ -218,6 +221,11 @@ def _check_augment(where: str, cfg: CfgNode) -> None:
     on_device = backend == "device"
     _require(where, "AUGMENT.DECODE", decode, on_device or decode == "cpu", f"cpu {remedy}")
     _require(where, "AUGMENT.RESIDENT", resident, on_device or not resident, f"False {remedy}")
+    rgb = cfg.DATA.CHANNELS == 3
+    of = f"with DATA.CHANNELS {cfg.DATA.CHANNELS}; the GPU's decoder gives RGB"
+    _require(where, "AUGMENT.DECODE", decode, rgb or decode == "cpu", f"cpu {of}")
+    of = f"with DATA.CHANNELS {cfg.DATA.CHANNELS}; resident images are RGB"
+    _require(where, "AUGMENT.RESIDENT", resident, rgb or not resident, f"False {of}")
     one = decode == "cpu" or not resident
     _require(where, "AUGMENT.DECODE", decode, one, "cpu with AUGMENT.RESIDENT True")
 

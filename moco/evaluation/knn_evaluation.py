@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from moco import distributed
-from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from moco.data.images import ImageSource
 from moco.data.loader import build_eval_loader
 from moco.data.subset import SubsetSource
@@ -140,13 +139,14 @@ class _Extraction:
         self.size = settings.size or weights.size or 224
         own_resize = self.size if weights.options["stem"] == "cifar" else None
         self.resize = settings.resize or own_resize
-        self.mean, self.std = weights.mean or IMAGENET_MEAN, weights.std or IMAGENET_STD
+        self.mean, self.std = weights.pixel_statistics()
+        self.channels = weights.channels
         encoder = weights.build_encoder(image_size=self.size, head=settings.features == "head")
         memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         encoder.to(process.device, memory_format=memory_format)
         self.encode = encoder_function(encoder, settings.features, amp=settings.amp)
         with torch.inference_mode():
-            blank = torch.zeros(1, 3, self.size, self.size, device=process.device)
+            blank = torch.zeros(1, self.channels, self.size, self.size, device=process.device)
             self.width = self.encode(blank).shape[1]
 
     def batches(self, source: ImageSource, own: range, rate: RateLines) -> Iterator[torch.Tensor]:
@@ -161,6 +161,7 @@ class _Extraction:
             resize=self.resize,
             pin_memory=self.process.device.type == "cuda",
             backend=self.settings.backend,
+            channels=self.channels,
         )
         for features_BD, _ in iterate_features(
             self.encode, loader, self.process.device, self.mean, self.std,

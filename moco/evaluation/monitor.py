@@ -79,6 +79,7 @@ def build_knn_monitor(
                         cfg.KNN.BATCH_SIZE,
                         cfg.DATA.NUM_WORKERS,
                         resize=cfg.DATA.SIZE if cfg.MODEL.STEM == "cifar" else None,
+                        channels=cfg.DATA.CHANNELS,
                     ),
                     device,
                     cfg.DATA.MEAN,

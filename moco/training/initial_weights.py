@@ -206,6 +206,11 @@ def _check_network(
         if name.startswith("encoder_q.") and not name.startswith(f"encoder_q.{HEAD}")
     }
     asked = f"the configuration asks for {model.ARCH}, WIDTH {model.WIDTH:g}, STEM {model.STEM}"
+    if network.channels != cfg.DATA.CHANNELS:
+        raise CheckpointError(
+            f"{where}: takes images of {network.channels} channels, DATA.CHANNELS is "
+            f"{cfg.DATA.CHANNELS}; give another file, or set DATA.CHANNELS, MEAN and STD to it"
+        )
     if isinstance(network, ViT) and network.num_heads not in (None, _VIT_HEADS):
         raise CheckpointError(
             f"{where}: its {network.arch} has {network.num_heads} heads, the ViTs here have "

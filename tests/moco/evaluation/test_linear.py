@@ -346,7 +346,7 @@ def test_wrong_data_is_refused(image_folder, weights, tmp_path):
         (["DATA.RESIZE", "100"], r"DATA.RESIZE is 100; allowed: 0, or DATA.SIZE \(224\) or more"),
         (["CACHED.LRS", "(1.0, -1.0)"], "CACHED.LRS"),
         (["DATA.LABELS_LIST", "x", "DATA.LABELS_FRACTION", "0.5"], "together with"),
-        (["DATA.MEAN", "(0.5,)"], "three numbers"),
+        (["DATA.MEAN", "(0.5, 0.5)"], r"a number for each channel, or \(\)"),
         (["TRAIN.EPOCH", "3"], "did you mean 'EPOCHS'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""MODEL.WEIGHTS: where encoder and head come from, what is said, and what a resumed run compares."""
+"""MODEL.WEIGHTS: what is taken from a file, what is said, and what a resumed run compares."""
 
 from __future__ import annotations
 
