@@ -147,6 +147,12 @@ def convert_state(
     """
     identify_layout(content, where)
     backbone = read_backbone(content, where, encoder=encoder)
+    if backbone.network.channels != 3:
+        raise CheckpointError(
+            f"{where}: its first convolution takes images of {backbone.network.channels} channels; "
+            "detection reads INPUT.FORMAT RGB or BGR, so 3 are supported; pretrain with "
+            "DATA.CHANNELS 3"
+        )
     dropped = {reason: list(names) for reason, names in backbone.dropped.items()}
     names: dict[str, str] = {}
     for name, canonical in backbone.names.items():

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import yaml
 from fvcore.common.config import CfgNode as _FvcoreNode
@@ -100,10 +100,15 @@ def get_key(cfg: CfgNode, dotted: str) -> object:
     return cfg
 
 
-def digest(cfg: CfgNode, exclude: Sequence[str] = ()) -> str:
-    """SHA-256 (first 16 hex digits) of the configuration, leaving out the dotted keys `exclude`."""
+def digest(
+    cfg: CfgNode, exclude: Sequence[str] = (), added_later: Mapping[str, object] | None = None
+) -> str:
+    """SHA-256 (first 16 hex digits) of the configuration, leaving out the dotted keys `exclude`,
+    and those of `added_later` that have the value given there."""
     tree = to_dict(cfg)
-    for dotted in exclude:
+    given = flatten(tree)
+    unused = [dotted for dotted, value in (added_later or {}).items() if given[dotted] == value]
+    for dotted in [*exclude, *unused]:
         node = tree
         *parents, last = dotted.split(".")
         for part in parents:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moco.cfgnode import CfgNode, flatten, get_key, load_config, to_dict
+from moco.cfgnode import CfgNode, get_key, load_config
 from moco.errors import ConfigError
 
 # What may differ between a run and its continuation: none of it changes a number.
@@ -22,10 +22,14 @@ DIGEST_EXCLUDE = (
     "LOG",
     "KNN",
 )
-
-# Keys that came later -> the value that does what was done before them. At it a key is left out of
-# digests and comparisons, so runs of before go on.
-LATER_KEYS = {"DATA.SIXTEEN_BIT_RANGE": [0, 65535], "DATA.MAX_IMAGE_PIXELS": 178956970}
+# Keys that came later, and the value with which a run is what it was before: then they are not in
+# its digest, and a checkpoint without them continues.
+ADDED_LATER = {
+    "MODEL.WEIGHTS": "",
+    "DATA.CHANNELS": 3,
+    "DATA.FINGERPRINT": "names",
+    "DATA.SIXTEEN_BIT_RANGE": [0, 65535],
+}
 
 OWN_VALUE = -1.0  # of DATA.BLUR_PROBABILITY: what the recipe itself says
 
@@ -43,6 +47,7 @@ def get_defaults() -> CfgNode:
             HEAD="mlp",  # "mlp" (v2) or "linear" (v1); v3 has its own
             DIM=128,
             BN_SPLITS=1,  # groups batch norm sees in one process (8 imitates 8 GPUs)
+            WEIGHTS="",  # a file or run folder the encoders start from, see docs/TRAINING.md
             NORM="BN",  # "BN" (each process its own images) or "SyncBN" (all images together)
         ),
         MOCO=CfgNode(
@@ -65,8 +70,10 @@ def get_defaults() -> CfgNode:
             MOMENTUM=0.5,  # of a stored feature when its image is seen again
         ),
         DATA=CfgNode(
+            FINGERPRINT="names",  # of the images, that a resume compares; or "contents" of packs
             RECIPE="v2",  # "v1", "v2" or "v3"
             SIZE=224,
+            CHANNELS=3,  # of an image, MEAN and STD: 3 (RGB), 1 (grey) or 4 (RGB and another)
             CROP_SCALE=(0.2, 1.0),
             BLUR_PROBABILITY=OWN_VALUE,  # of both views; -1: the recipe's own
             MEAN=(0.485, 0.456, 0.406),
@@ -130,7 +137,9 @@ _CHOICES = {
     "MODEL.NORM": ("BN", "SyncBN"),
     "END_TO_END.LOSS": ("info_nce", "nt_xent"),
     "MOCO.MOMENTUM_SCHEDULE": ("constant", "cosine"),
+    "DATA.FINGERPRINT": ("names", "contents"),
     "DATA.RECIPE": ("v1", "v2", "v3"),
+    "DATA.CHANNELS": (1, 3, 4),
     "DATA.ORDER": ("uniform", "blocks"),
     "AUGMENT.BACKEND": ("pil", "opencv", "device"),
     "AUGMENT.DECODE": ("cpu", "gpu"),
@@ -171,6 +180,7 @@ _AT_LEAST = {
     "KNN.K": 1,
     "KNN.BATCH_SIZE": 1,
 }
+_COUNTS = {1: "one number", 3: "three numbers", 4: "four numbers"}  # by DATA.CHANNELS
 _POSITIVE = ("MODEL.WIDTH", "MOCO.TEMPERATURE", "TRAIN.LR", "KNN.TEMPERATURE")
 
 
@@ -203,17 +213,13 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
     return cfg
 
 
-def unused_later_keys(cfg: CfgNode) -> tuple[str, ...]:
-    """The `LATER_KEYS` at the value that changes nothing."""
-    given = flatten(to_dict(cfg))
-    return tuple(key for key, value in LATER_KEYS.items() if given[key] == value)
-
-
 def _check_pixels(where: str, cfg: CfgNode) -> None:
     data = cfg.DATA
-    _require(where, "DATA.MEAN", data.MEAN, len(data.MEAN) == 3, "three numbers")
-    ok = len(data.STD) == 3 and all(value > 0 for value in data.STD)
-    _require(where, "DATA.STD", data.STD, ok, "three numbers above 0")
+    channels, count = data.CHANNELS, _COUNTS[data.CHANNELS]
+    of = "" if channels == 3 else f", as DATA.CHANNELS is {channels}"
+    _require(where, "DATA.MEAN", data.MEAN, len(data.MEAN) == channels, f"{count}{of}")
+    ok = len(data.STD) == channels and all(value > 0 for value in data.STD)
+    _require(where, "DATA.STD", data.STD, ok, f"{count} above 0{of}")
     ok = len(data.CROP_SCALE) == 2 and 0 < data.CROP_SCALE[0] <= data.CROP_SCALE[-1] <= 1
     _require(where, "DATA.CROP_SCALE", data.CROP_SCALE, ok, "two shares of the area, ascending")
     ends = data.SIXTEEN_BIT_RANGE
@@ -232,6 +238,11 @@ def _check_augment(where: str, cfg: CfgNode) -> None:
     on_device = backend == "device"
     _require(where, "AUGMENT.DECODE", decode, on_device or decode == "cpu", f"cpu {remedy}")
     _require(where, "AUGMENT.RESIDENT", resident, on_device or not resident, f"False {remedy}")
+    rgb = cfg.DATA.CHANNELS == 3
+    of = f"with DATA.CHANNELS {cfg.DATA.CHANNELS}; the GPU's decoder gives RGB"
+    _require(where, "AUGMENT.DECODE", decode, rgb or decode == "cpu", f"cpu {of}")
+    of = f"with DATA.CHANNELS {cfg.DATA.CHANNELS}; resident images are RGB"
+    _require(where, "AUGMENT.RESIDENT", resident, rgb or not resident, f"False {of}")
     one = decode == "cpu" or not resident
     _require(where, "AUGMENT.DECODE", decode, one, "cpu with AUGMENT.RESIDENT True")
 

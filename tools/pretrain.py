@@ -12,6 +12,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moco import distributed  # noqa: E402
@@ -23,10 +25,12 @@ from moco.data.sixteen_bit import look_at_sixteen_bits  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
 from moco.lost_rank import lost_rank_as_error  # noqa: E402
+from moco.methods import build_method  # noqa: E402
 from moco.process_group import leaving_group  # noqa: E402
 from moco.training.acceleration import resolve  # noqa: E402
 from moco.training.batch import check_batch  # noqa: E402
 from moco.training.checkpoint import write_text_atomic  # noqa: E402
+from moco.training.initial_weights import read_initial_weights  # noqa: E402
 from moco.training.progress import ConsoleProgress, JsonLog, TensorBoardLog  # noqa: E402
 from moco.training.recipe import resolve_recipe  # noqa: E402
 from moco.training.run_lock import RunLock  # noqa: E402
@@ -99,6 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         say(resolved.text)
         if args.dry_run:
+            if cfg.MODEL.WEIGHTS:
+                with torch.device("meta"):
+                    method = build_method(cfg, len(source))
+                for line in read_initial_weights(cfg, method).lines:
+                    say(line)
             return 0
         output_dir = Path(args.output_dir)
         with lost_rank_as_error(lambda: "before training"):

@@ -19,7 +19,7 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageFilter
@@ -165,15 +165,23 @@ def build_recipe(
     )
 
 
-def build_view_recipes(name: str, **options) -> tuple[Recipe, Recipe]:
+def build_view_recipes(name: str, *, channels: int = 3, **options) -> tuple[Recipe, Recipe]:
     """The recipes of both views of "v1", "v2" or "v3"; `options` as of `build_recipe`.
 
+    Args:
+        channels: of the images. Grey ones (1) have no hue, saturation or conversion to grey, so
+            these are off; brightness, contrast, blur and solarising stay. All draws stay, too.
     Raises: ConfigError for an unknown name or a value out of range.
     """
     if name not in VIEWS:
         raise ConfigError(f"augmentation recipe {name!r} is unknown; allowed: {', '.join(VIEWS)}")
     first, second = VIEWS[name]
-    return build_recipe(first, **options), build_recipe(second, **options)
+    recipes = build_recipe(first, **options), build_recipe(second, **options)
+    if channels == 1:
+        return tuple(
+            replace(r, jitter=(*r.jitter[:2], 0.0, 0.0), grey_probability=0.0) for r in recipes
+        )
+    return recipes
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,10 @@ class ViewParameters:
     blur_sigma: float | None
     flip: bool
     solarize: bool = False
+
+    def geometry(self) -> ViewParameters:
+        """Crop, blur and flip alone: of a fourth channel, which is no colour."""
+        return replace(self, jitter=(), grey=False, solarize=False)
 
 
 def sample_parameters(
@@ -266,7 +278,7 @@ def _sample_crop(
 
 
 def apply_pil(image: Image.Image, parameters: ViewParameters, size: int) -> Image.Image:
-    """The `size` x `size` view of an RGB image that `parameters` describes."""
+    """The `size` x `size` view of an RGB or grey image that `parameters` describes."""
     p = parameters
     image = functional.resized_crop(
         image, p.top, p.left, p.height, p.width, [size, size], InterpolationMode.BILINEAR
@@ -297,18 +309,19 @@ def eval_pil(image: Image.Image, size: int, resize: int) -> Image.Image:
 
 
 def to_uint8_CHW(image: Image.Image) -> torch.Tensor:
-    """An RGB image as a contiguous uint8 tensor [3, H, W]."""
+    """An RGB or grey image as a contiguous uint8 tensor [C, H, W]."""
     return functional.pil_to_tensor(image).contiguous()
 
 
 def normalize(
     images_BCHW: torch.Tensor,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> torch.Tensor:
     """(x / 255 - mean) / std as float32, on the device of the images.
 
-    Bitwise what torchvision's ToTensor and Normalize give. `images_BCHW` is uint8 [B, 3, H, W].
+    Bitwise what torchvision's ToTensor and Normalize give. `images_BCHW` is uint8 [B, C, H, W],
+    with C means and stds.
     """
     assert images_BCHW.dtype == torch.uint8, f"uint8 images are needed, got {images_BCHW.dtype}"
     device = images_BCHW.device
@@ -327,8 +340,8 @@ def to_inputs(
 
     Args:
         batch: (view_q, view_k, index), or (crop_q, crop_k, index, table_q, table_k) of the backend
-            "device"; images uint8 [B, 3, H, W].
-    Returns: (view_q, view_k, index) on `device`: float32 [B, 3, H, W] twice, in the memory format
+            "device"; images uint8 [B, C, H, W].
+    Returns: (view_q, view_k, index) on `device`: float32 [B, C, H, W] twice, in the memory format
         of TRAIN.CHANNELS_LAST, and int64 [B].
     """
     view_q, view_k, index, *tables = batch

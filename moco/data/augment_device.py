@@ -4,7 +4,7 @@ Loader workers decode, draw the parameters and crop; here jitter (each sample in
 grey, blur, solarising and flip are computed for a whole batch, on a GPU or on a CPU. Every
 operation follows PIL's arithmetic in 8 bits; in float32 its whole numbers are exact.
 
-Shapes: N samples, C = 3 channels, H = W = side of the view.
+Shapes: N samples, C channels (3, or DATA.CHANNELS), H = W = side of the view.
 """
 
 from __future__ import annotations
@@ -56,8 +56,14 @@ def apply_batch(
         table: parameters [N, NUM_COLUMNS], on the CPU, where they are read without waiting for the
             device.
         compiled: fuse the passes over the images with torch.compile.
-    Returns: uint8 [N, 3, H, W] on the device of the crops; equal inputs give equal views.
+    Returns: uint8 [N, C, H, W] on the device of the crops; equal inputs give equal views. Of four
+        channels the last is no colour: it is blurred and flipped only.
     """
+    if crops_NCHW.shape[1] == 4:
+        fourth = table.clone()
+        fourth[:, _ORDER], fourth[:, _GREY], fourth[:, _SOLARIZE] = _NONE, 0, 0
+        parts = (crops_NCHW[:, :3], table), (crops_NCHW[:, 3:], fourth)
+        return torch.cat([apply_batch(*part, compiled=compiled) for part in parts], dim=1)
     blend, hue, box = (_function(f, compiled) for f in (_blend, _shift_hue, _box_pass))
     rows = _rows_of(table, crops_NCHW.device)
     on_device = table.to(crops_NCHW.device, non_blocking=True)
@@ -121,6 +127,8 @@ def _function(function: Callable, compiled: bool) -> Callable:
 
 def _grey(images_NCHW: torch.Tensor) -> torch.Tensor:
     """PIL's "L" [N, 1, H, W]; its sums stay below 2^24, so float32 holds them exactly."""
+    if images_NCHW.shape[1] == 1:
+        return images_NCHW
     red, green, blue = images_NCHW.split(1, dim=1)
     return torch.floor((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536)
 

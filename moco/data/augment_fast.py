@@ -30,13 +30,21 @@ _GREY_WEIGHTS = (7471 / 65536, 38470 / 65536, 19595 / 65536)  # PIL's "L", of B,
 
 
 def crop(image_HWC: np.ndarray, p: ViewParameters, size: int) -> np.ndarray:
-    """The crop box of a writable image, resized to [size, size, 3]."""
+    """The crop box of a writable image [H, W, C], resized to [size, size, C], or [size, size] where
+    C is 1."""
     box_HWC = image_HWC[p.top : p.top + p.height, p.left : p.left + p.width]
-    return _resize(box_HWC, size, size)
+    view = _resize(box_HWC, size, size)
+    return view[..., 0] if view.shape[2] == 1 else view
 
 
 def finish(view: np.ndarray, p: ViewParameters, out_CHW: np.ndarray) -> None:
-    """All that follows the crop; the view is written to `out_CHW`, see `store`."""
+    """All that follows the crop; the view is written to `out_CHW`, see `store`.
+
+    Of four channels the last is no colour: it is blurred and flipped only.
+    """
+    if view.ndim == 3 and view.shape[2] == 4:
+        finish(np.ascontiguousarray(view[..., 3]), p.geometry(), out_CHW[3:])
+        view, out_CHW = np.ascontiguousarray(view[..., :3]), out_CHW[:3]
     if p.grey and p.grey_first:
         view = to_grey(view)
     for operation, factor in p.jitter:
@@ -58,15 +66,19 @@ def eval_fast(image_HWC: np.ndarray, size: int, resize: int, out_CHW: np.ndarray
     view = _resize(image_HWC, height, width)
     # torchvision's center_crop
     top, left = round((height - size) / 2.0), round((width - size) / 2.0)
-    store(np.ascontiguousarray(view[top : top + size, left : left + size]), out_CHW)
+    view = np.ascontiguousarray(view[top : top + size, left : left + size])
+    store(view[..., 0] if view.shape[2] == 1 else view, out_CHW)
 
 
 def store(view: np.ndarray, out_CHW: np.ndarray) -> None:
-    """Write a view [H, W, 3] in BGR, or a grey one [H, W], as planes in RGB, uint8 [3, H, W]."""
+    """Write a view [H, W, 3] in BGR, or a grey one [H, W], as planes in RGB, uint8 [3, H, W].
+
+    Planes of one or four channels are [1, H, W] of a grey view, and RGB before the fourth.
+    """
     if view.ndim == 2:
         out_CHW[:] = view
     else:
-        cv2.split(view, list(out_CHW[::-1]))
+        cv2.split(view, [*out_CHW[2::-1], *out_CHW[3:]])
 
 
 def _resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -46,6 +46,11 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def content_hashes(self) -> None:
+        """Only packs know them, see `ShardSource`."""
+        return None
+
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco import seeding
 from moco.data.augment import Recipe, build_recipe, sample_parameters
-from moco.data.backends import BACKENDS
+from moco.data.backends import choose_backend
 from moco.data.images import ImageSource
 from moco.data.loader import _Loader
 from moco.data.sampler import epoch_order
@@ -102,7 +102,7 @@ class LabelledStream:
 
 
 class LabelledViews(Dataset):
-    """`dataset[(epoch, index)]` -> (view uint8 [3, size, size], label, index).
+    """`dataset[(epoch, index)]` -> (view uint8 [C, size, size], label, index).
 
     The view's draws depend on (seed, epoch, index) alone.
 
@@ -111,7 +111,14 @@ class LabelledViews(Dataset):
     Raises: DataError where the source has no labels.
     """
 
-    def __init__(self, source: ImageSource, recipe: Recipe, seed: int, backend: str = "pil"):
+    def __init__(
+        self,
+        source: ImageSource,
+        recipe: Recipe,
+        seed: int,
+        backend: str = "pil",
+        channels: int = 3,
+    ):
         if source.labels is None:
             raise DataError(
                 f"{source.root}: is a flat folder of images; a classifier needs class folders, "
@@ -119,15 +126,15 @@ class LabelledViews(Dataset):
             )
         self.source, self.recipe, self.seed = source, recipe, seed
         self.labels = source.labels
-        self.backend = BACKENDS[backend]
+        self.backend, self.channels = choose_backend(backend, channels), channels
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         return tuple(values[0] for values in self.batch([key]))
 
     def batch(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
-        """The samples of `keys`: views uint8 [B, 3, size, size], labels [B], indices [B]."""
+        """The samples of `keys`: views uint8 [B, C, size, size], labels [B], indices [B]."""
         backend, size = self.backend, self.recipe.size
-        views = torch.empty(len(keys), 3, size, size, dtype=torch.uint8)
+        views = torch.empty(len(keys), self.channels, size, size, dtype=torch.uint8)
         out = views.numpy()
         for number, (epoch, index) in enumerate(keys):
             image = backend.read(self.source, index)
@@ -147,12 +154,13 @@ def build_labelled_loader(
     num_workers: int,
     pin_memory: bool,
     backend: str = "pil",
+    channels: int = 3,
 ) -> DataLoader:
-    """Loader of this process's share of the stream: (view uint8 [B, 3, size, size], label, index).
+    """Loader of this process's share of the stream: (view uint8 [B, C, size, size], label, index).
 
     The number of workers changes no pixel.
     Raises: ConfigError, DataError as the classes above; DataError while iterating for an unreadable
         image.
     """
-    views = LabelledViews(source, recipe, stream.seed, backend)
+    views = LabelledViews(source, recipe, stream.seed, backend, channels)
     return _Loader(views, stream, num_workers, pin_memory)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, default_collate
 
 from moco.data.augment import Recipe, eval_resize
-from moco.data.backends import BACKENDS
+from moco.data.backends import choose_backend
 from moco.data.bad_images import BadImages
 from moco.data.device_crops import GpuDecoder, ResidentImages
 from moco.data.images import ImageSource
@@ -36,7 +36,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class OneView(Dataset):
-    """`dataset[index]` -> (image uint8 [3, size, size], label, index): the view "eval".
+    """`dataset[index]` -> (image uint8 [C, size, size], label, index): the view "eval".
 
     Raises: DataError where the source has no labels, ConfigError where resize < size.
     """
@@ -47,13 +47,14 @@ class OneView(Dataset):
         size: int,
         resize: int | None = None,
         backend: str = "pil",
+        channels: int = 3,
     ):
         if source.labels is None:
             raise DataError(
                 f"{source.root}: is a flat folder of images; evaluation needs class folders, whose "
                 "names are the labels"
             )
-        self.source = source
+        self.source, self.channels = source, channels
         self.backend = backend  # its name: its functions cannot be sent to a worker
         self.size = size
         self.resize = eval_resize(size) if resize is None else resize
@@ -67,9 +68,9 @@ class OneView(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        backend = BACKENDS[self.backend]
+        backend = choose_backend(self.backend, self.channels)
         image = backend.read(self.source, index)
-        view = torch.empty(3, self.size, self.size, dtype=torch.uint8)
+        view = torch.empty(self.channels, self.size, self.size, dtype=torch.uint8)
         backend.write_eval(image, self.size, self.resize, view.numpy())
         return view, self.source.labels[index], index
 
@@ -93,10 +94,11 @@ def build_pretrain_loader(
     order: Order = epoch_order,
     bad_images: BadImages | None = None,
     worker_timeout_s: float = _WORKER_TIMEOUT_SECONDS,
+    channels: int = 3,
 ) -> DataLoader:
     """Loader of this rank's share of global steps `first_step` .. `last_step` - 1, in one iterator.
 
-    A batch is (view_q, view_k, index): uint8 [B, 3, size, size] twice and int64 [B], with
+    A batch is (view_q, view_k, index): uint8 [B, C, size, size] twice and int64 [B], with
     B = global_batch / world_size; with the backend "device" also (table_q, table_k), see
     `TwoViews`. `to_inputs` makes all of them a network's inputs. The number of workers changes no
     pixel.
@@ -107,6 +109,7 @@ def build_pretrain_loader(
         device: where a resident data set lives and the GPU decodes.
         order: of the images of an epoch. bad_images: see `TwoViews`.
         worker_timeout_s: without progress, after which workers are stuck; 0: never.
+        channels: C, DATA.CHANNELS; 3 with `resident` and `decode` "gpu".
     Raises: ConfigError at once for a batch that does not fit (see EpochStream) or a device that
         cannot decode; DataError at once for images that cannot be resident or too little shared
         memory, and while iterating, in this process, for an unreadable image or stuck workers.
@@ -121,7 +124,7 @@ def build_pretrain_loader(
         last_step=last_step,
         order=order,
     )
-    views = TwoViews(source, recipe, seed, backend, bad_images)
+    views = TwoViews(source, recipe, seed, backend, bad_images, channels)
     recipes, size, device = views.recipes, views.recipes[0].size, torch.device(device)
     if resident:
         images = ResidentImages(source, size, device)
@@ -135,7 +138,7 @@ def build_pretrain_loader(
         return _Loader(
             files, stream, num_workers, pin_memory, finish=decoder, timeout_s=worker_timeout_s
         )
-    batch_bytes = 2 * 3 * size * size * stream.per_rank
+    batch_bytes = 2 * channels * size * size * stream.per_rank
     check_shared_memory(batch_bytes, _PREFETCH_BATCHES * num_workers + 1, num_workers)
     return _Loader(views, stream, num_workers, pin_memory, timeout_s=worker_timeout_s)
 
@@ -149,18 +152,19 @@ def build_eval_loader(
     resize: int | None = None,
     pin_memory: bool = False,
     backend: str = "pil",
+    channels: int = 3,
 ) -> DataLoader:
-    """Loader of every image once, in order: (image uint8 [B, 3, size, size], label, index).
+    """Loader of every image once, in order: (image uint8 [B, C, size, size], label, index).
 
     Args:
         resize: shorter side before the central crop; None for size * 256 / 224. With resize = size,
             square images of that size keep their pixels, as in the reference's CIFAR demo.
-        backend: "pil", or "opencv" for nearly its pixels, faster.
+        backend: "pil", or "opencv" for nearly its pixels, faster. channels: C, DATA.CHANNELS.
     Raises: DataError and ConfigError as `OneView`.
     """
     if batch_size < 1:
         raise ConfigError(f"evaluation batch size is {batch_size}; allowed: an integer >= 1")
-    dataset = OneView(source, size, resize, backend)
+    dataset = OneView(source, size, resize, backend, channels)
     batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
     return _Loader(dataset, batches, num_workers, pin_memory)
 

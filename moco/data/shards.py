@@ -67,6 +67,11 @@ class ShardSource:
         has_labels = self.index.class_names is not None
         return tuple(self.index.samples["label"].tolist()) if has_labels else None
 
+    @property
+    def content_hashes(self) -> np.ndarray:
+        """uint8 [N, 32]: the SHA-256 of each image's file, as the index has them."""
+        return self.index.samples["sha256"]
+
     @functools.cached_property
     def storage_order(self) -> np.ndarray:
         """int64 [N]: the numbers of the images as they lie in the shards, one after another."""

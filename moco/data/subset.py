@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -29,6 +30,11 @@ class SubsetSource:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def content_hashes(self) -> np.ndarray | None:
+        hashes = self.source.content_hashes
+        return None if hashes is None else hashes[list(self.indices)]
 
     def path(self, index: int) -> str:
         return self.source.path(self.indices[index])

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from moco.data.augment import Recipe, ViewParameters
 from moco.data.augment_device import table_row
-from moco.data.backends import BACKENDS, draw_views
+from moco.data.backends import BACKENDS, Backend, choose_backend, draw_views
 from moco.data.bad_images import BadImages
 from moco.data.decode import plain_jpeg_size, read_rgb
 from moco.data.images import ImageSource
@@ -24,7 +24,7 @@ _TOGETHER, _MAX_PIXELS = 16, 16_000_000
 
 
 class TwoViews(Dataset):
-    """`dataset[(epoch, index)]` -> (view_q, view_k, index), views uint8 [3, size, size].
+    """`dataset[(epoch, index)]` -> (view_q, view_k, index), views uint8 [C, size, size].
 
     Each view's draws depend on (seed, epoch, index, view) alone. With the backend "device" the
     views are crops only, and (table_q, table_k), the parameters `apply_batch` needs, come after.
@@ -33,6 +33,7 @@ class TwoViews(Dataset):
         recipe: of both views, or one for each; their size must be the same.
         backend: a name in BACKENDS.
         bad_images: replaces unreadable images; without it they are errors.
+        channels: C, DATA.CHANNELS.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class TwoViews(Dataset):
         seed: int,
         backend: str = "opencv",
         bad_images: BadImages | None = None,
+        channels: int = 3,
     ):
-        self.source, self.bad_images = source, bad_images
+        self.source, self.bad_images, self.channels = source, bad_images, channels
         self.recipes = recipe if isinstance(recipe, tuple) else (recipe, recipe)
         self.seed = seed
         if backend not in BACKENDS:
@@ -57,9 +59,9 @@ class TwoViews(Dataset):
         return view_q[0], view_k[0], int(index), *(table[0] for table in tables)
 
     def batch(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
-        """The samples of `keys`: views uint8 [B, 3, size, size] twice, index [B], tables."""
-        backend, size = BACKENDS[self.backend], self.recipes[0].size
-        views = [_empty_batch(len(keys), 3, size, size) for _ in self.recipes]
+        """The samples of `keys`: views uint8 [B, C, size, size] twice, index [B], tables."""
+        backend, size = self._functions(), self.recipes[0].size
+        views = [_empty_batch(len(keys), self.channels, size, size) for _ in self.recipes]
         out = [view.numpy() for view in views]
         read, drawn, images, num_pixels = [], [], [], 0
         for key in keys:
@@ -74,9 +76,12 @@ class TwoViews(Dataset):
                 images, num_pixels = [], 0
         return *views, _indices(read), *(_tables(drawn) if backend.on_device else ())
 
+    def _functions(self) -> Backend:
+        return choose_backend(self.backend, self.channels)  # kept by name: it is sent to workers
+
     def _read(self, epoch: int, index: int) -> tuple[tuple[int, int], Any]:
         """The key and the image, or those of the image that replaces a bad one."""
-        read = functools.partial(BACKENDS[self.backend].read, self.source)
+        read = functools.partial(self._functions().read, self.source)
         if self.bad_images is None:
             return (epoch, index), read(index)
         image, index = self.bad_images.read(read, epoch, index)
@@ -86,7 +91,7 @@ class TwoViews(Dataset):
         self, images: list, drawn: list[list[ViewParameters]], out: list[np.ndarray], *, first: int
     ) -> None:
         """Write the views of samples `first` .. first + len(images) - 1 of the batch."""
-        backend, size = BACKENDS[self.backend], self.recipes[0].size
+        backend, size = self._functions(), self.recipes[0].size
         crops = [
             [backend.crop(image, p, size) for p in drawn[first + number]]
             for number, image in enumerate(images)

@@ -113,9 +113,9 @@ def load_linear_config(config_file: str | None, overrides: Sequence[str] = ()) -
             f"0, or DATA.SIZE ({cfg.DATA.SIZE}) or more")  # fmt: skip
     for key in ("DATA.MEAN", "DATA.STD"):
         value, floor = get_key(cfg, key), 0 if key == "DATA.STD" else -math.inf
-        ok = len(value) in (0, 3)
+        ok = len(value) in (0, 1, 3, 4)
         ok = ok and all(type(v) in (int, float) and floor < v < math.inf for v in value)
-        require(key, ok, f"three numbers{' above 0' if floor == 0 else ''}, or ()")
+        require(key, ok, f"a number{' above 0' if floor == 0 else ''} for each channel, or ()")
     scale = cfg.DATA.CROP_SCALE
     ok = len(scale) == 2 and 0 < scale[0] <= scale[-1] <= 1
     require("DATA.CROP_SCALE", ok, "two shares of the area, ascending")

@@ -78,8 +78,8 @@ class FeatureStore:
         resize: int | None,
         batch_size: int,
         num_workers: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
         channels_last: bool = False,
         backend: str = "pil",
         say: Callable[[str], None] = print,
@@ -97,6 +97,7 @@ class FeatureStore:
                 resize=resize,
                 pin_memory=process.device.type == "cuda",
                 backend=backend,
+                channels=len(mean),
             )
             features, labels = [], []
             for features_BD, label_B in iterate_features(

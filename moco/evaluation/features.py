@@ -64,11 +64,14 @@ def encoder_function(
 
 
 def feature_width(
-    encode: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    size: int,
+    device: torch.device,
+    channels: int = 3,
 ) -> int:
     """How many features `encode` gives for an image of `size` pixels."""
     with torch.inference_mode():
-        return encode(torch.zeros(1, 3, size, size, device=device)).shape[1]
+        return encode(torch.zeros(1, channels, size, size, device=device)).shape[1]
 
 
 def iterate_features(

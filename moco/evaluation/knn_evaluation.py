@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from moco import distributed
-from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
 from moco.evaluation.features import encoder_function, feature_width
@@ -140,18 +139,20 @@ def _feature_reader(
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     encoder.to(process.device, memory_format=memory_format)
     encode = encoder_function(encoder, settings.features, amp=settings.amp)
+    mean, std = weights.pixel_statistics()
     return FeatureReader(
         encode=encode,
-        width=feature_width(encode, size, process.device),
+        width=feature_width(encode, size, process.device, weights.channels),
         process=process,
         size=size,
         resize=settings.resize or (size if weights.options["stem"] == "cifar" else None),
-        mean=weights.mean or IMAGENET_MEAN,
-        std=weights.std or IMAGENET_STD,
+        mean=mean,
+        std=std,
         batch_size=batch_size,
         num_workers=num_workers,
         backend=settings.backend,
         channels_last=settings.channels_last,
+        channels=weights.channels,
     )
 
 

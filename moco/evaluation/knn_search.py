@@ -27,9 +27,9 @@ class FeatureReader:
     """How images become features.
 
     Attributes:
-        encode: images [B, 3, H, W] -> features [B, width]; width: D.
+        encode: images [B, C, H, W] -> features [B, width]; width: D.
         size, resize: of the view, see `OneView`. mean, std: of its normalisation.
-        backend: "pil" or "opencv". channels_last: the images' memory format.
+        backend: "pil" or "opencv". channels_last: the images' memory format. channels: C.
     """
 
     encode: Callable[[torch.Tensor], torch.Tensor]
@@ -43,6 +43,7 @@ class FeatureReader:
     num_workers: int
     backend: str = "pil"
     channels_last: bool = False
+    channels: int = 3
 
     def batches(self, source: ImageSource, own: range, rate: RateLines) -> Iterator[torch.Tensor]:
         """Features [B, D] of the images `own`, in order."""
@@ -56,6 +57,7 @@ class FeatureReader:
             resize=self.resize,
             pin_memory=self.process.device.type == "cuda",
             backend=self.backend,
+            channels=self.channels,
         )
         for features_BD, _ in iterate_features(
             self.encode, loader, self.process.device, self.mean, self.std,

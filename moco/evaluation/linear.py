@@ -13,7 +13,7 @@ import torch
 from moco import distributed
 from moco.cfgnode import CfgNode, dump_yaml
 from moco.data import workers
-from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
+from moco.data.augment import normalize
 from moco.data.images import ImageSource
 from moco.data.labelled import LabelledStream, build_labelled_loader, classification_recipe
 from moco.data.loader import build_eval_loader
@@ -21,6 +21,7 @@ from moco.data.subset import SubsetSource, indices_from_list, stratified_indices
 from moco.distributed import ProcessInfo
 from moco.errors import (
     CheckpointError,
+    ConfigError,
     MocoError,
     NonFiniteError,
     dead_worker_as_data_error,
@@ -65,9 +66,20 @@ def learning_rate(base: float, epoch: int, train: CfgNode) -> float:
 
 
 def pixel_statistics(cfg: CfgNode, weights: Pretrained) -> tuple[tuple, tuple]:
-    """Mean and std of the images: the configuration's, else the weights', else ImageNet's."""
-    mean = tuple(cfg.DATA.MEAN) or weights.mean or IMAGENET_MEAN
-    return mean, tuple(cfg.DATA.STD) or weights.std or IMAGENET_STD
+    """Mean and std of the images: the configuration's, else the weights', else ImageNet's.
+
+    Raises: ConfigError where they are not of the channels that the weights are for.
+    """
+    given = tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD)
+    pixels = given if all(given) else weights.pixel_statistics()
+    mean, std = (own or other for own, other in zip(given, pixels, strict=True))
+    for key, values in (("DATA.MEAN", mean), ("DATA.STD", std)):
+        if len(values) != weights.channels:
+            raise ConfigError(
+                f"{key} is {values}; {weights.path} is for images of {weights.channels} channels; "
+                "give as many numbers, or ()"
+            )
+    return mean, std
 
 
 def choose_labels(train: ImageSource, data: CfgNode) -> ImageSource | SubsetSource:
@@ -104,6 +116,7 @@ class LinearTrainer:
     ):
         self.cfg, self.weights, self.process, self.say = cfg, weights, process, say
         self.source, self.test, self.output_dir = train, test, output_dir
+        self.pixels = pixel_statistics(cfg, weights)
         self.stream = LabelledStream(
             num_images=len(train),
             global_batch=cfg.TRAIN.BATCH_SIZE,
@@ -182,7 +195,7 @@ class LinearTrainer:
         result = classify_step(
             self.classifier,
             self.optimizer,
-            normalize(images, *pixel_statistics(self.cfg, self.weights)),
+            normalize(images, *self.pixels),
             labels,
             num_own=num_own,
             num_global=num_global,
@@ -214,7 +227,7 @@ class LinearTrainer:
         last, metrics = self.progress.step == self.total_steps, {}
         if (epoch + 1) % self.cfg.EVAL.PERIOD == 0 or last:
             scores = score(
-                self.classifier, self._test_loader(), *pixel_statistics(self.cfg, self.weights)
+                self.classifier, self._test_loader(), *self.pixels
             )
             metrics = {"top1": scores.top1, "top5": scores.top5, "test_loss": scores.loss}
             self.progress.curve.append({"epoch": epoch + 1, "lr": lr, **metrics})
@@ -285,6 +298,7 @@ class LinearTrainer:
             num_workers=data.NUM_WORKERS,
             pin_memory=self.process.device.type == "cuda",
             backend=data.BACKEND,
+            channels=self.weights.channels,
         )
 
     def _test_loader(self):
@@ -298,6 +312,7 @@ class LinearTrainer:
             resize=data.RESIZE or None,
             pin_memory=process.device.type == "cuda",
             backend=data.BACKEND,
+            channels=self.weights.channels,
         )
 
 

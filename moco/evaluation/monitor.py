@@ -146,7 +146,7 @@ class KnnMonitor:
         cfg, size = self.cfg, self.cfg.DATA.SIZE
         return FeatureReader(
             encode=encode,
-            width=feature_width(encode, size, self.process.device),
+            width=feature_width(encode, size, self.process.device, cfg.DATA.CHANNELS),
             process=self.process,
             size=size,
             # An image of the network's own size (CIFAR) is not scaled up and cropped.
@@ -157,6 +157,7 @@ class KnnMonitor:
             num_workers=cfg.DATA.NUM_WORKERS,
             backend="pil" if cfg.AUGMENT.BACKEND == "pil" else "opencv",
             channels_last=cfg.TRAIN.CHANNELS_LAST,
+            channels=cfg.DATA.CHANNELS,
         )
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from moco.data.images import ImageSource
 from moco.data.whole_images import build_whole_loader
 from moco.distributed import ProcessInfo
@@ -177,6 +176,7 @@ def _features(
         batch_size,
         num_workers,
         pin_memory=process.device.type == "cuda",
+        channels=weights.channels,
     )
     rate = RateLines(f"features of {source.root}", len(source), say)
     parts = []
@@ -184,8 +184,7 @@ def _features(
         encoder_function(encoder, "backbone"),
         loader,
         process.device,
-        weights.mean or IMAGENET_MEAN,
-        weights.std or IMAGENET_STD,
+        *weights.pixel_statistics(),
     ):
         parts.append(features_BD.cpu())
         rate.add(len(label_B))

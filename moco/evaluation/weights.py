@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from moco.data.rgb import DEFAULT_DECODING, Decoding
 from moco.distributed import tensors_digest
 from moco.errors import CheckpointError
@@ -67,6 +68,25 @@ class Pretrained:
     @property
     def arch(self) -> str:
         return str(self.options["arch"])
+
+    @property
+    def channels(self) -> int:
+        """Of its images."""
+        return int(self.options["channels"])
+
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of the pixels; ImageNet's where an RGB file does not say them.
+
+        Raises: CheckpointError where a file of other images does not.
+        """
+        if self.mean and self.std:
+            return self.mean, self.std
+        if self.channels != 3:
+            raise CheckpointError(
+                f"{self.path}: does not say mean and std of its {self.channels} channels; give a "
+                "checkpoint of tools/pretrain.py"
+            )
+        return IMAGENET_MEAN, IMAGENET_STD
 
     def digest(self) -> str:
         """SHA-256 over the backbone's tensors, whatever file holds them."""
@@ -160,7 +180,7 @@ def pretrained_from(
         start = f"{found.prefix}{HEAD}"
         own = {n: t for n, t in named_tensors(content, where).items() if n.startswith(start)}
         head = {name.removeprefix(found.prefix): tensor.detach() for name, tensor in own.items()}
-    size, mean, std = _trained_with(content, where)
+    size, mean, std = _trained_with(content, where, found.network.channels)
     return Pretrained(
         path=where,
         sha256=sha256,
@@ -185,7 +205,7 @@ def _decoding(content: object) -> Decoding:
 
 
 def _trained_with(
-    content: object, where: str
+    content: object, where: str, channels: int
 ) -> tuple[int | None, tuple | None, tuple | None]:
     """Size, mean and std of the images, of a checkpoint of tools/pretrain.py; None of another.
 
@@ -200,7 +220,7 @@ def _trained_with(
     size, pixels = data.get("SIZE"), [data.get(name) for name in ("MEAN", "STD")]
     ok = type(size) is int and size > 0
     for values in pixels:
-        ok = ok and isinstance(values, list | tuple) and len(values) == 3
+        ok = ok and isinstance(values, list | tuple) and len(values) == channels
         ok = ok and all(type(v) in (int, float) and math.isfinite(v) for v in values)
     if not ok or 0 in pixels[1]:
         raise CheckpointError(
@@ -218,10 +238,16 @@ def _options(network: Network, where: str) -> dict[str, object]:
             # Width 1 of vit_base is width 2 of vit_small.
             arch = "vit_base" if network.dim == vit.ARCHITECTURES["vit_base"][0] else "vit_small"
             width = network.dim / vit.ARCHITECTURES[arch][0]
-            return {"arch": arch, "width": width, "stem": _VIT_STEMS[network.patch_size]}
+            stem = _VIT_STEMS[network.patch_size]
+            return {"arch": arch, "width": width, "stem": stem, "channels": network.channels}
     elif network.arch in backbone.ARCHITECTURES:
         if network.width == network.planes == network.stem_channels:
-            return {"arch": network.arch, "width": network.planes / 64, "stem": network.stem}
+            return {
+                "arch": network.arch,
+                "width": network.planes / 64,
+                "stem": network.stem,
+                "channels": network.channels,
+            }
     raise CheckpointError(
         f"{where}: {network} cannot be evaluated here; allowed: "
         f"{', '.join(backbone.ARCHITECTURES)} of one width, and ViTs of 12 blocks and 12 heads "

@@ -76,6 +76,7 @@ class ResNet(torchvision.models.ResNet):
         width: float = 1.0,
         stem: str = "imagenet",
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        channels: int = 3,
     ):
         nn.Module.__init__(self)  # torchvision's own constructor fixes the widths
         self._norm_layer = norm_layer
@@ -83,10 +84,10 @@ class ResNet(torchvision.models.ResNet):
         planes = [round(64 * width * 2**i) for i in range(4)]
         self.inplanes = planes[0]
         if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, planes[0], 3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(channels, planes[0], 3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(channels, planes[0], 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.bn1 = norm_layer(planes[0])
         self.relu = nn.ReLU(inplace=True)
@@ -118,12 +119,13 @@ def build_backbone(
     stem: str = "imagenet",
     bn_splits: int = 1,
     norm: str = "BN",
+    channels: int = 3,
 ) -> ResNet:
     """A ResNet whose `fc` has `num_classes` outputs.
 
     Args:
         width: factor on all channel counts; 64 * width must be a whole number.
-        bn_splits, norm: see `choose_norm`.
+        bn_splits, norm: see `choose_norm`. channels: of the images.
     Raises: ConfigError for an unknown architecture or a width that gives fractions.
     """
     if arch not in ARCHITECTURES:
@@ -133,5 +135,6 @@ def build_backbone(
     block, layers = ARCHITECTURES[arch]
     norm_layer = choose_norm(norm, bn_splits)
     return ResNet(
-        block, layers, num_classes=num_classes, width=width, stem=stem, norm_layer=norm_layer
-    )
+        block, layers, num_classes=num_classes, width=width, stem=stem, norm_layer=norm_layer,
+        channels=channels,
+    )  # fmt: skip

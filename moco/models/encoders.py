@@ -65,6 +65,7 @@ def backbone_options(cfg: CfgNode) -> dict:
         "norm": model.NORM,
         "image_size": cfg.DATA.SIZE,
         "freeze_patches": model.FREEZE_PATCHES,
+        "channels": cfg.DATA.CHANNELS,
     }
 
 

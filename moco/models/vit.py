@@ -72,10 +72,11 @@ class ViT(nn.Module):
         blocks: int,
         num_classes: int,
         freeze_patches: bool,
+        channels: int = 3,
     ):
         super().__init__()
         self.image_size = image_size
-        projection = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        projection = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos_embed", position_codes(image_size // patch_size, dim))
@@ -133,18 +134,20 @@ def build_vit(
     bn_splits: int = 1,
     norm: str = "BN",
     freeze_patches: bool = True,
+    channels: int = 3,
 ) -> ViT:
     """A ViT with patches of 16 pixels (stem "imagenet") or 4 ("cifar").
 
     Args:
-        width: factor on the channels. norm: for heads alone, a ViT has no batch norm.
+        width: factor on the network's channels. norm: for heads alone, a ViT has no batch norm.
+        channels: of the images.
     Raises: ConfigError for sizes that do not fit, or groups of a batch norm.
     """
-    channels, heads, blocks = ARCHITECTURES[arch]
-    dim, patch = round(channels * width), _PATCH[stem]
-    if dim != channels * width or dim % heads or dim % 4 or dim <= 0:
+    full_dim, heads, blocks = ARCHITECTURES[arch]
+    dim, patch = round(full_dim * width), _PATCH[stem]
+    if dim != full_dim * width or dim % heads or dim % 4 or dim <= 0:
         raise ConfigError(
-            f"MODEL.WIDTH {width} gives {arch} {channels * width:g} channels; allowed: multiples "
+            f"MODEL.WIDTH {width} gives {arch} {full_dim * width:g} channels; allowed: multiples "
             f"of {heads} above 0"
         )
     if image_size % patch:
@@ -162,4 +165,5 @@ def build_vit(
         blocks=blocks,
         num_classes=num_classes,
         freeze_patches=freeze_patches,
+        channels=channels,
     )

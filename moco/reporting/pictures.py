@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from moco.data.augment import (
     sample_parameters,
     to_uint8_CHW,
 )
+from moco.data.channels import open_planes
 from moco.data.images import ImageSource
 from moco.reporting.page import Image, Section
 
@@ -30,17 +32,21 @@ _BATCH = 64
 
 
 def view_pairs(cfg: CfgNode, source: ImageSource, num_images: int = 6) -> Section:
-    """Images spread over the data set, each with the two views of its first epoch."""
+    """Images spread over the data set, each with the two views of its first epoch.
+
+    Of four channels the first three are shown.
+    """
     data = cfg.DATA
     recipes = build_view_recipes(
         data.RECIPE,
+        channels=data.CHANNELS,
         size=data.SIZE,
         crop_scale=data.CROP_SCALE,
         blur_probability=None if data.BLUR_PROBABILITY == OWN_VALUE else data.BLUR_PROBABILITY,
     )
     rows = []
     for index in spread(len(source), num_images):
-        image = source.open(index)
+        image = open_planes(source, index, data.CHANNELS)[0]
         row = [_fitted(image)]
         for view, recipe in enumerate(recipes):
             rng = seeding.python_random(cfg.SEED, "augment", 0, index, view)
@@ -70,12 +76,13 @@ def nearest_neighbours(
     """
     encoder.eval()
     indices = spread(len(source), most_images)
+    planes = functools.partial(open_planes, source, channels=cfg.DATA.CHANNELS)
     size = cfg.DATA.SIZE
     resize = size if cfg.MODEL.STEM == "cifar" else eval_resize(size)
     features = []
     for start in range(0, len(indices), _BATCH):
         batch = [
-            to_uint8_CHW(eval_pil(source.open(i), size, resize))
+            torch.cat([to_uint8_CHW(eval_pil(plane, size, resize)) for plane in planes(i)])
             for i in indices[start : start + _BATCH]
         ]
         inputs = normalize(torch.stack(batch), cfg.DATA.MEAN, cfg.DATA.STD)
@@ -86,8 +93,8 @@ def nearest_neighbours(
         similarity = features_ND @ features_ND[query]
         similarity[query] = -2.0  # itself
         nearest = similarity.topk(min(num_neighbours, len(indices) - 1))
-        row = [_fitted(source.open(indices[query]), marked=True)]
-        row += [_fitted(source.open(indices[i])) for i in nearest.indices.tolist()]
+        row = [_fitted(planes(indices[query])[0], marked=True)]
+        row += [_fitted(planes(indices[i])[0]) for i in nearest.indices.tolist()]
         rows.append(row)
     titles = ("query", *(str(i + 1) for i in range(num_neighbours)))
     caption = f"nearest neighbours by backbone features among {len(indices)} of the images"

@@ -124,7 +124,8 @@ def step_cost(
     method.train()
     generator = torch.Generator().manual_seed(0)
     size, num = cfg.DATA.SIZE, cfg.TRAIN.BATCH_SIZE
-    views = torch.randint(0, 256, (2, num, 3, size, size), generator=generator, dtype=torch.uint8)
+    shape = (2, num, cfg.DATA.CHANNELS, size, size)
+    views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     batch = (views[0], views[1], torch.arange(num))
     seconds = []
     for step in range(_WARM_UP + num_steps):

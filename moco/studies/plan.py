@@ -26,7 +26,7 @@ from pathlib import Path
 
 from moco import cfgnode
 from moco.cfgnode import CfgNode
-from moco.config import load_pretrain_config, unused_later_keys
+from moco.config import ADDED_LATER, load_pretrain_config
 from moco.errors import ConfigError
 from moco.safe_yaml import read_yaml
 
@@ -132,7 +132,7 @@ def _planned(
         cfg = load_pretrain_config(study.config_file, words)
     except ConfigError as error:
         raise ConfigError(f"run {row.name!r}: {error}") from error
-    digest = cfgnode.digest(cfg, (*_DIGEST_EXCLUDE, *unused_later_keys(cfg)))
+    digest = cfgnode.digest(cfg, _DIGEST_EXCLUDE, ADDED_LATER)
     return PlannedRun(row.name, seed, f"{_slug(row.name)}/seed_{seed}", tuple(words), cfg, digest)
 
 

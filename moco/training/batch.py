@@ -109,6 +109,7 @@ def build_loader(
         )  # fmt: skip
     recipes = build_view_recipes(
         data.RECIPE,
+        channels=data.CHANNELS,
         size=data.SIZE,
         crop_scale=data.CROP_SCALE,
         blur_probability=None if blur == OWN_VALUE else blur,
@@ -131,4 +132,5 @@ def build_loader(
         device=process.device,
         order=order,
         bad_images=bad_images,
+        channels=data.CHANNELS,
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from moco.cfgnode import did_you_mean, flatten
 from moco.config import DIGEST_EXCLUDE, get_defaults
 from moco.errors import ConfigError
-from moco.training.identity import ACCUMULATION, DATA
+from moco.training.identity import ACCUMULATION, DATA, WEIGHTS
 
 
 def check_names(
@@ -44,7 +44,11 @@ def check_names(
 
 def pretraining_changes(allowed: Sequence[str] = ()) -> Changes:
     """Raises: ConfigError for a name that cannot be allowed in pretraining."""
-    fixed = {ACCUMULATION: "goes with the number of processes; give --elastic"}
+    fixed = {
+        ACCUMULATION: "goes with the number of processes; give --elastic",
+        WEIGHTS: "is read at the start of a run alone; give what it was started with, or start "
+        "another run with another --output-dir",
+    }
     known = flatten(get_defaults())
     check_names(allowed, known, free=DIGEST_EXCLUDE, fixed=fixed, example="TRAIN.LR")
     return Changes(allowed)

@@ -57,9 +57,10 @@ def network_for(network: Network, form: str, where: str) -> Target:
         call = f"torchvision.models.{network.arch}(){stem}"
         return Target(call, _FC, lambda: _torchvision_resnet(network))
     if network.width == network.planes == network.stem_channels:
+        channels = "" if network.channels == 3 else f", channels={network.channels}"
         call = (
             f"moco.models.backbone.ResNet({_block(network).__name__}, {network.blocks}, "
-            f"num_classes=1, width={network.planes / 64}, stem={network.stem!r})"
+            f"num_classes=1, width={network.planes / 64}, stem={network.stem!r}{channels})"
         )
         return Target(call, _FC, lambda: _own_resnet(network))
     raise CheckpointError(
@@ -79,7 +80,8 @@ def check_export(
     """
     network = backbone.network
     sides = (network.image_size,) * 2 if isinstance(network, ViT) else _SIZES[network.stem]
-    image = torch.randn(1, 3, *sides, generator=torch_generator(0, "export-self-check"))
+    shape = (1, network.channels, *sides)
+    image = torch.randn(shape, generator=torch_generator(0, "export-self-check"))
     source, other = _source_network(network), target.build()
     with torch.no_grad():
         wanted = _loaded(source, backbone.state)(image)
@@ -135,6 +137,7 @@ def _vit_target(network: ViT, form: str, where: str) -> Target:
         "depth": network.depth,
         "num_heads": network.num_heads,
         "num_classes": 0,
+        **({} if network.channels == 3 else {"in_chans": network.channels}),
     }
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     return Target(
@@ -175,6 +178,7 @@ def _own_resnet(network: ResNet) -> nn.Module:
             num_classes=1,
             width=network.planes / 64,
             stem=network.stem,
+            channels=network.channels,
         )
     return _without_fc(model)
 
@@ -189,6 +193,7 @@ def _own_vit(network: ViT) -> nn.Module:
             blocks=network.depth,
             num_classes=1,
             freeze_patches=False,
+            channels=network.channels,
         )
     return _without_fc(model)
 
@@ -226,4 +231,5 @@ def _kind(network: ResNet) -> str:
     return (
         f"{network.arch} of {network.planes} planes with a first convolution of "
         f"{network.stem_channels} channels, {network.stem_size}x{network.stem_size}"
+        + ("" if network.channels == 3 else f", for images of {network.channels} channels")
     )

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from moco import cfgnode
 from moco.cfgnode import CfgNode
-from moco.config import DIGEST_EXCLUDE, LATER_KEYS, unused_later_keys
+from moco.config import ADDED_LATER, DIGEST_EXCLUDE
 from moco.data.images import ImageSource
-from moco.errors import CheckpointError
+from moco.errors import CheckpointError, ConfigError
+from moco.training.initial_weights import KEY as WEIGHTS
+from moco.training.initial_weights import weights_difference
 
 ACCUMULATION = "TRAIN.ACCUMULATION_STEPS"
 DATA = "data"  # the list of images, beside the configuration's keys
@@ -27,6 +29,31 @@ def code_digest() -> str:
         content = path.read_bytes()
         sha.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return sha.hexdigest()[:16]
+
+
+def data_digest(cfg: CfgNode, source: ImageSource) -> str:
+    """What a resumed run compares of its images, by DATA.FINGERPRINT.
+
+    "names": 16 hex digits of the SHA-256 over their names, in order. "contents": after a colon
+    those over the SHA-256 of their files, which the index of a pack has.
+
+    Raises: ConfigError for the contents of single files.
+    """
+    digest = hashlib.sha256("\n".join(source.paths).encode()).hexdigest()[:16]
+    if cfg.DATA.FINGERPRINT == "names":
+        return digest
+    if source.content_hashes is None:
+        raise ConfigError(
+            f"DATA.FINGERPRINT contents: {source.root} is a folder of single files, whose hashes "
+            "nobody has (to read them all takes hours for a million images); pack them with "
+            "tools/pack_images.py, or set DATA.FINGERPRINT names"
+        )
+    return f"{digest}:{hashlib.sha256(source.content_hashes.tobytes()).hexdigest()[:16]}"
+
+
+def _same_images(then: str, now: str) -> bool:
+    """Whether two digests agree in what both of them know: names, or contents too."""
+    return all(a == b for a, b in zip(then.split(":"), now.split(":"), strict=False))
 
 
 @dataclass(frozen=True)
@@ -46,13 +73,10 @@ class RunIdentity:
 
     @classmethod
     def of(cls, cfg: CfgNode, source: ImageSource, world_size: int) -> RunIdentity:
-        names = "\n".join(source.paths)
         return cls(
             config=cfgnode.to_dict(cfg),
-            config_digest=cfgnode.digest(
-                cfg, tuple({*DIGEST_EXCLUDE, *unused_later_keys(cfg)})
-            ),
-            data_digest=hashlib.sha256(names.encode()).hexdigest()[:16],
+            config_digest=cfgnode.digest(cfg, DIGEST_EXCLUDE, ADDED_LATER),
+            data_digest=data_digest(cfg, source),
             world_size=world_size,
             steps_per_epoch=len(source) // cfg.TRAIN.BATCH_SIZE,
         )
@@ -60,7 +84,10 @@ class RunIdentity:
     def differences(self, extra: dict) -> dict[str, tuple[object, object]]:
         """name -> (then, now) of the keys that differ, and of DATA where the images do."""
         found = self._changed_keys(extra["config"])
-        if extra["data_digest"] != self.data_digest:
+        weights = weights_difference(self.config["MODEL"]["WEIGHTS"], extra.get("weights"))
+        if weights:
+            found[WEIGHTS] = weights
+        if not _same_images(extra["data_digest"], self.data_digest):
             found[DATA] = (extra["data_digest"], self.data_digest)
         return found
 
@@ -79,16 +106,25 @@ class RunIdentity:
         changed = self.differences(extra)
         refused = {name: pair for name, pair in changed.items() if name not in allowed}
         parts_changed = refused.pop(ACCUMULATION, None)
-        images = refused.pop(DATA, None)
+        images, weights = refused.pop(DATA, None), refused.pop(WEIGHTS, None)
         if refused:
             listed = "; ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in refused.items())
             raise CheckpointError(
                 f"{path}: was made with another configuration ({listed}); restore these keys, name "
                 "each with --allow-change, or give another --output-dir"
             )
-        if images:
+        if weights:
             raise CheckpointError(
-                f"{path}: was made on another set of images (digest {images[0]}, now {images[1]}); "
+                f"{path}: its run started from {weights[0] or 'no file'}, {WEIGHTS} is "
+                f"{weights[1] or 'empty'} now; weights are read at the start alone: give the same "
+                "path (the file may be gone), or another --output-dir"
+            )
+        if images:
+            same_names = images[0].split(":")[0] == images[1].split(":")[0]
+            which = "images of the same names, but other contents"
+            raise CheckpointError(
+                f"{path}: was made on {which if same_names else 'another set of images'} (digest "
+                f"{images[0]}, now {images[1]}); "
                 f"give the same --data, add --allow-change {DATA}, or give another --output-dir"
             )
         parts = []
@@ -107,12 +143,15 @@ class RunIdentity:
         return self._elastic_lines(made, extra)
 
     def _changed_keys(self, config: dict) -> dict[str, tuple[object, object]]:
-        old, new = {**LATER_KEYS, **cfgnode.flatten(config)}, cfgnode.flatten(self.config)
+        old = {**ADDED_LATER, **cfgnode.flatten(config)}
+        new = cfgnode.flatten(self.config)
         excluded = tuple(f"{key}." for key in DIGEST_EXCLUDE)
         return {
             key: (old.get(key), new.get(key))
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not f"{key}.".startswith(excluded)
+            if old.get(key) != new.get(key)
+            and key != WEIGHTS  # compared by content
+            and not f"{key}.".startswith(excluded)
         }
 
     def _elastic_lines(self, made: str, extra: dict) -> list[str]:

@@ -27,6 +27,7 @@ DEPTHS = {
 _WIDE = (50, 101)  # depths that torchvision has with double width, too
 _EXPANSION = 4  # of a bottleneck's output over its planes
 _NORM = ("weight", "bias", "running_mean", "running_var")
+CHANNELS = (1, 3, 4)  # of the images
 _STEMS = {7: "imagenet", 3: "cifar"}  # by the first convolution's size
 # (channels, blocks) -> name, of the ViTs of arXiv 2010.11929 and 2012.12877
 _VITS = {
@@ -44,6 +45,7 @@ class ResNet:
 
     planes: of layer1. width: channels of layer1's 3x3 convolutions, which differ from `planes` in
     wide ResNets. stem_size: side of the first convolution, 7 or 3 (CIFAR, without max-pool).
+    channels: of the images.
     """
 
     depth: int
@@ -51,6 +53,7 @@ class ResNet:
     planes: int = 64
     width: int = 64
     stem_size: int = 7
+    channels: int = 3
 
     @property
     def arch(self) -> str:
@@ -74,7 +77,8 @@ class ResNet:
     def is_standard(self) -> bool:
         """Whether torchvision's function of this name builds it, but for the stem."""
         wide = self.width == 128 and self.depth in _WIDE
-        return self.stem_channels == self.planes == 64 and (self.width == 64 or wide)
+        standard = self.stem_channels == self.planes == 64 and self.channels == 3
+        return standard and (self.width == 64 or wide)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors but the head's, in torchvision's order."""
@@ -85,7 +89,7 @@ class ResNet:
             shapes.update({f"{norm}.{entry}": shape[:1] for entry in _NORM})
             shapes[f"{norm}.{COUNTER}"] = ()
 
-        add("conv1", "bn1", self.stem_channels, 3, self.stem_size, self.stem_size)
+        add("conv1", "bn1", self.stem_channels, self.channels, self.stem_size, self.stem_size)
         num_in = self.stem_channels
         for stage, num_blocks in enumerate(self.blocks):
             width = self.width << stage
@@ -115,6 +119,7 @@ class ViT:
     dim: int
     depth: int
     num_heads: int | None
+    channels: int = 3  # of the images
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors but the head's, in timm's order."""
@@ -127,7 +132,7 @@ class ViT:
         def add(name: str, *shape: int) -> None:
             shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
 
-        add("patch_embed.proj", dim, 3, self.patch_size, self.patch_size)
+        add("patch_embed.proj", dim, self.channels, self.patch_size, self.patch_size)
         for block in range(self.depth):
             at = f"blocks.{block}."
             add(f"{at}norm1", dim)
@@ -193,10 +198,15 @@ def _read_resnet(state: Mapping[str, torch.Tensor], where: str) -> ResNet:
         raise CheckpointError(
             f"{where}: 'conv1.weight' has shape {tuple(stem)}; allowed: 7x7, or 3x3 (CIFAR stem)"
         )
+    if stem[1] not in CHANNELS:
+        raise CheckpointError(
+            f"{where}: 'conv1.weight' takes images of {stem[1]} channels; allowed: "
+            f"{', '.join(map(str, CHANNELS))} (DATA.CHANNELS)"
+        )
     planes = middle[0]
     if is_bottleneck:
         planes = state["layer1.0.conv3.weight"].shape[0] // _EXPANSION
-    return ResNet(depth, stem[0], planes, width=middle[1], stem_size=stem[-1])
+    return ResNet(depth, stem[0], planes, width=middle[1], stem_size=stem[-1], channels=stem[1])
 
 
 def _read_vit(
@@ -208,7 +218,7 @@ def _read_vit(
                 f"{where}: {name!r} is missing or has not {dims} dimensions; give a ViT with a "
                 "class token and a position for each patch"
             )
-    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
     num_patches = state["pos_embed"].shape[1] - 1
     side = round(max(num_patches, 0) ** 0.5)
     if side * side != num_patches or not side:
@@ -226,7 +236,8 @@ def _read_vit(
     if not depth:
         raise CheckpointError(f"{where}: this ViT holds no blocks; give an undamaged checkpoint")
     name = arch if arch and arch.startswith("vit_") else _VITS.get((dim, depth))
-    return ViT(name or f"vit_{dim}x{depth}", side * patch, patch, dim, depth, num_heads)
+    name = name or f"vit_{dim}x{depth}"
+    return ViT(name, side * patch, patch, dim, depth, num_heads, channels)
 
 
 def _has_dims(state: Mapping[str, torch.Tensor], name: str, dims: int) -> bool:

@@ -103,7 +103,7 @@ def estimate_memory(cfg: CfgNode, method: Method, images_per_process: int) -> Me
     encoder = method.transfer_encoder()
     size = cfg.DATA.SIZE
     images = images_per_process // cfg.TRAIN.ACCUMULATION_STEPS
-    views = torch.empty(images, 3, size, size, device="meta")
+    views = torch.empty(images, cfg.DATA.CHANNELS, size, size, device="meta")
     trainable = sum(_bytes(p) for p in method.parameters() if p.requires_grad)
     # Where both encoders learn, backward keeps both passes.
     num_passes = max(1, round(trainable / sum(_bytes(p) for p in encoder.parameters())))

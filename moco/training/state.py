@@ -15,7 +15,8 @@ from moco.methods import Method
 from moco.training import checkpoint as ckpt
 from moco.training import fit
 from moco.training.changes import Changes
-from moco.training.identity import RunIdentity, code_digest
+from moco.training.identity import WEIGHTS, RunIdentity, code_digest
+from moco.training.initial_weights import Start, is_record
 
 
 def save(
@@ -27,12 +28,14 @@ def save(
     arch: str,
     identity: RunIdentity,
     changes: Changes | None = None,
+    start: Start | None = None,
 ) -> None:
     """Write a checkpoint in the reference's layout, with what it lacks under `extra`.
 
     Args: as of `restore`; changes: those of the run so far.
     """
     made = changes.all() if changes else []
+    weights = {"weights": start.record} if start and start.record else {}
     content = {
         "epoch": step // identity.steps_per_epoch,
         "arch": arch,
@@ -47,11 +50,12 @@ def save(
             "versions": versions(),
             "code_digest": code_digest(),
             "changes": made,
+            **weights,
         },
     }
     ckpt.save_checkpoint(
         path, content, step=step, config_digest=identity.config_digest,
-        code_digest=code_digest(), changes=made,
+        code_digest=code_digest(), changes=made, **weights,
     )  # fmt: skip
 
 
@@ -81,6 +85,7 @@ def restore(
     identity: RunIdentity,
     elastic: bool = False,
     changes: Changes | None = None,
+    start: Start | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Load a checkpoint of ours or of the reference. Returns the number of finished steps.
@@ -88,6 +93,7 @@ def restore(
     Args:
         elastic: allow another number of processes, see `RunIdentity.check`.
         changes: which keys may differ; receives those that do.
+        start: receives what the run's encoders started from.
         say: receives a line for what differs and is allowed to.
     Raises: CheckpointError where names, shapes, configuration, data or world size differ.
     """
@@ -97,9 +103,15 @@ def restore(
         raise CheckpointError(
             f"{path}: is not a pretraining checkpoint; needed keys: {', '.join(sorted(needed))}"
         )
-    extra, changes = content.get("extra"), changes or Changes()
+    extra, changes, start = content.get("extra"), changes or Changes(), start or Start()
+    if extra is None and identity.config["MODEL"]["WEIGHTS"]:
+        raise CheckpointError(
+            f"{path}: is continued with its own weights, {WEIGHTS} would not be read; give one of "
+            "the two"
+        )
     if extra is not None:
         _check_extra(path, extra)
+        start.record = extra.get("weights")
         lines = identity.check(path, extra, elastic=elastic, allowed=changes.allowed)
         made = changes.add(extra["step"], extra.get("changes", []), identity.differences(extra))
         for line in lines + made + _changed_code(path, extra) + _changed_versions(path, extra):
@@ -139,6 +151,9 @@ def _check_extra(path: Path, extra: object) -> None:
     missing = [name for name, kind in needed.items() if not isinstance(given.get(name), kind)]
     if not isinstance(given.get("changes", []), list):  # older files have none
         missing.append("changes")
+    weights = given.get("weights")  # of runs with MODEL.WEIGHTS
+    if weights is not None and not is_record(weights):
+        missing.append("weights")
     if missing:
         raise CheckpointError(
             f"{path}: its 'extra' lacks a valid {', '.join(missing)}; give a file that this "

@@ -28,6 +28,7 @@ from moco.training.changes import pretraining_changes
 from moco.training.evaluations import Evaluate, Evaluations
 from moco.training.guard import StepGuard, skips_updates
 from moco.training.health import Health
+from moco.training.initial_weights import Start, start_from_weights
 from moco.training.nonfinite import NonFiniteReport, check_state_is_finite
 from moco.training.optimizer import build_optimizer
 from moco.training.prefetch import ahead_on_device
@@ -75,13 +76,14 @@ class Trainer:
         checkpoint = state.find_checkpoint(output_dir, resume, resume_from, say)
         torch.manual_seed(derive_seed(cfg.SEED, "init"))
         self.method: Method = build_method(cfg, len(source)).to(process.device)
+        self.start = start_from_weights(cfg, self.method, say) if not checkpoint else Start()
         acceleration.accelerate_(self.method, cfg)
         self.optimizer = build_optimizer(cfg, self.method)
         self.first_step, self.changes = 0, pretraining_changes(allow_change)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
-                elastic=elastic, changes=self.changes, say=say,
+                elastic=elastic, changes=self.changes, start=self.start, say=say,
             )  # fmt: skip
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
         self.changes.say_unused(say)
@@ -236,12 +238,8 @@ class Trainer:
 
     def _write(self, path: Path) -> None:
         state.save(
-            path,
-            method=self.method,
-            optimizer=self.optimizer,
-            step=self.last_step,
-            arch=self.cfg.MODEL.ARCH,
-            identity=self.identity,
-            changes=self.changes,
-        )
+            path, method=self.method, optimizer=self.optimizer, step=self.last_step,
+            arch=self.cfg.MODEL.ARCH, identity=self.identity, changes=self.changes,
+            start=self.start,
+        )  # fmt: skip
         self.retention.prune(written=path)

@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from moco.evaluation import linear
 from moco.evaluation.classifier import new_classifier
@@ -57,8 +58,8 @@ def test_the_curve_is_the_networks_accuracy(image_folder, weights, tmp_path):
     encoder = trainer.classifier.encoder
     logits, labels = [], []
     for images, label, _ in trainer._test_loader():
-        mean = torch.tensor(linear.IMAGENET_MEAN).view(3, 1, 1)
-        std = torch.tensor(linear.IMAGENET_STD).view(3, 1, 1)
+        mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+        std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
         logits.append(encoder((images / 255 - mean) / std).detach())
         labels.append(label)
     logits, labels = torch.cat(logits), torch.cat(labels)
@@ -346,7 +347,7 @@ def test_wrong_data_is_refused(image_folder, weights, tmp_path):
         (["DATA.RESIZE", "100"], r"DATA.RESIZE is 100; allowed: 0, or DATA.SIZE \(224\) or more"),
         (["CACHED.LRS", "(1.0, -1.0)"], "CACHED.LRS"),
         (["DATA.LABELS_LIST", "x", "DATA.LABELS_FRACTION", "0.5"], "together with"),
-        (["DATA.MEAN", "(0.5,)"], "three numbers"),
+        (["DATA.MEAN", "(0.5, 0.5)"], r"a number for each channel, or \(\)"),
         (["TRAIN.EPOCH", "3"], "did you mean 'EPOCHS'"),
     ],
 )

@@ -39,7 +39,9 @@ def test_a_checkpoint_without_configuration_is_the_query_encoder(tmp_path, head,
     torch.nn.init.ones_(method.encoder_k.conv1.weight)  # which must not be taken
     pretrained = read_pretrained(saved(tmp_path, moco_state(method)))
     assert pretrained.layout == "moco" and pretrained.arch == "resnet18"
-    assert pretrained.options == {"arch": "resnet18", "width": 0.125, "stem": stem}
+    assert pretrained.options == {
+        "arch": "resnet18", "width": 0.125, "stem": stem, "channels": 3,
+    }  # fmt: skip
     method.eval()
     encoder = pretrained.build_encoder(image_size=16)
     expected = method.encoder_q.forward_features(images())

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from moco.cfgnode import digest, flatten
-from moco.config import DIGEST_EXCLUDE, LATER_KEYS, unused_later_keys
+from moco import cfgnode
+from moco.cfgnode import flatten
+from moco.config import ADDED_LATER, DIGEST_EXCLUDE, load_pretrain_config
 from moco.errors import CheckpointError, ConfigError
 from moco.training import state
 from moco.training.changes import Changes, pretraining_changes
@@ -102,22 +103,6 @@ def test_what_changes_no_number_may_differ():
     assert identity(**changes).check(PATH, extra(identity())) == []
 
 
-def test_a_run_of_before_a_key_goes_on_where_the_key_is_not_used():
-    before = extra(identity())
-    for key in LATER_KEYS:
-        section, name = key.split(".")
-        del before["config"][section][name]
-    assert identity().check(PATH, before) == []
-    used = identity(DATA__SIXTEEN_BIT_RANGE="(0, 4095)")
-    with pytest.raises(CheckpointError, match=r"SIXTEEN_BIT_RANGE \[0, 65535\] -> \[0, 4095\]"):
-        used.check(PATH, before)
-    assert used.config_digest != identity().config_digest
-    config = tiny.config()
-    assert unused_later_keys(config) == tuple(LATER_KEYS)
-    excluded = {*DIGEST_EXCLUDE, *LATER_KEYS}
-    assert identity().config_digest == digest(config, tuple(excluded))
-
-
 def test_another_number_of_processes_names_both_and_the_flag():
     with pytest.raises(CheckpointError, match="with 2 processes, now there are 4; .*--elastic"):
         identity(4).check(PATH, extra(identity(2)))
@@ -178,3 +163,23 @@ def test_other_versions_are_said():
 
 def test_control_the_compared_keys_are_all_but_the_excluded():
     assert {"TRAIN.LR", "MODEL.ARCH", "SEED"} <= flatten(identity().config).keys()
+
+
+def test_keys_that_came_later_leave_older_runs_as_they_were():
+    """Digests as of the code before these keys; a checkpoint without them continues."""
+    digest = cfgnode.digest(load_pretrain_config(None), DIGEST_EXCLUDE, ADDED_LATER)
+    assert digest == "d66bee2e7e7a546d" and identity().config_digest == "6f35b7ed833afdf9"
+    older = extra(identity())
+    older["config"] = cfgnode.to_dict(tiny.config())
+    for key in ADDED_LATER:
+        section, name = key.split(".")
+        del older["config"][section][name]
+    assert identity().check(PATH, older) == []
+    used = identity(DATA__SIXTEEN_BIT_RANGE="(0, 4095)")
+    assert used.config_digest != identity().config_digest
+    with pytest.raises(CheckpointError, match=r"SIXTEEN_BIT_RANGE \[0, 65535\] -> \[0, 4095\]"):
+        used.check(PATH, older)
+    now = identity(DATA__CHANNELS=1, DATA__MEAN="(0.5,)", DATA__STD="(0.5,)")
+    assert now.config_digest != identity().config_digest
+    with pytest.raises(CheckpointError, match=r"\(DATA.CHANNELS 3 -> 1; DATA.MEAN"):
+        now.check(PATH, older)

@@ -9,9 +9,11 @@ import tiny
 
 from moco.data.images import find_images
 from moco.data.shard_writer import PackOptions, pack_images
-from moco.errors import ConfigError
+from moco.data.subset import SubsetSource
+from moco.errors import CheckpointError, ConfigError
 from moco.evaluation.monitor import build_knn_monitor
 from moco.training import checkpoint as ckpt
+from moco.training.identity import data_digest
 from moco.training.trainer import Trainer
 
 LAST = "checkpoint_0002.pth.tar"
@@ -27,10 +29,10 @@ def pack(folder, out, **options):
     return out
 
 
-def trainer(images, folder, *, resume=False, **changes):
+def trainer(images, folder, *, resume=False, allow_change=(), **changes):
     return Trainer(
         tiny.config(**changes), find_images(images), folder, tiny.alone(), resume=resume,
-        say=lambda line: None,
+        allow_change=allow_change, say=lambda line: None,
     )  # fmt: skip
 
 
@@ -109,3 +111,49 @@ def test_a_bad_image_is_replaced_and_the_run_resumes_exactly(image_folder, tmp_p
     again = trainer(image_folder, tmp_path / "b", resume=True, DATA__NUM_WORKERS=1, **changes)
     assert again.train() == 0
     assert tiny.state_digest(ckpt.read_torch_file(tmp_path / "b" / LAST)) == expected
+
+
+CONTENTS = {"DATA__FINGERPRINT": "contents"}
+
+
+def started(images, folder, **changes):
+    assert trainer(images, folder, **changes).train([tiny.StopAfter(5)]) == 143
+
+
+def test_contents_are_compared_where_asked(image_folder, packed, tmp_path):
+    """Names stay, pixels change: the default does not see it, DATA.FINGERPRINT contents does."""
+    other = pack(image_folder, tmp_path / "other", resize=16)
+    started(packed, tmp_path / "names")
+    assert trainer(other, tmp_path / "names", resume=True).first_step == 6
+    started(packed, tmp_path / "contents", **CONTENTS)
+    assert trainer(packed, tmp_path / "contents", resume=True, **CONTENTS).first_step == 6
+    found = "images of the same names, but other contents .*--allow-change data"
+    with pytest.raises(CheckpointError, match=found):
+        trainer(other, tmp_path / "contents", resume=True, **CONTENTS)
+    with pytest.raises(ConfigError, match="contents: .* is a folder of single files"):
+        trainer(image_folder, tmp_path / "contents", resume=True, **CONTENTS)
+
+
+def test_the_fingerprint_itself_may_change_where_allowed(packed, image_folder, tmp_path):
+    """Then what both sides know is compared: the names."""
+    started(packed, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"\(DATA.FINGERPRINT 'names' -> 'contents'\)"):
+        trainer(packed, tmp_path / "run", resume=True, **CONTENTS)
+    allowed = {"resume": True, "allow_change": ["DATA.FINGERPRINT"]}
+    assert trainer(packed, tmp_path / "run", **allowed, **CONTENTS).first_step == 6
+    (image_folder / "train" / "a" / "00.png").rename(image_folder / "train" / "a" / "new.png")
+    renamed = pack(image_folder, tmp_path / "renamed")
+    with pytest.raises(CheckpointError, match="made on another set of images"):
+        trainer(renamed, tmp_path / "run", **allowed, **CONTENTS)
+
+
+def test_the_digest_of_names_is_what_it_was_and_contents_follow(packed, image_folder):
+    folder, images = find_images(image_folder), find_images(packed)
+    names, contents = tiny.config(), tiny.config(**CONTENTS)
+    assert data_digest(names, folder) == data_digest(names, images)
+    assert data_digest(contents, images).startswith(data_digest(names, images) + ":")
+    # A part of a pack has the hashes of its own images.
+    part = SubsetSource(images, [3, 1])
+    assert part.content_hashes.tolist() == [images.content_hashes[i].tolist() for i in (3, 1)]
+    other_order = data_digest(contents, SubsetSource(images, [1, 3]))
+    assert data_digest(contents, part) != other_order
