@@ -113,6 +113,6 @@ def edit(root: Path, image_id: str, pattern: str, new: str) -> None:
 
 def draw_nothing(monkeypatch) -> None:
     """Pictures and plots take most of the time of such trials."""
-    monkeypatch.setattr(trials, "save_detection_pictures", lambda *_: None)
+    monkeypatch.setattr(trials, "save_detection_pictures", lambda *_, **options: None)
     monkeypatch.setattr(report, "write_plot", lambda *_: None)
     monkeypatch.setattr(report, "write_curves_report", lambda *_: "")
