@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moco.cfgnode import CfgNode, get_key, load_config
+from moco.cfgnode import CfgNode, flatten, get_key, load_config, to_dict
 from moco.errors import ConfigError
 
 # What may differ between a run and its continuation: none of it changes a number.
@@ -22,6 +22,9 @@ DIGEST_EXCLUDE = (
     "KNN",
 )
 
+# Keys that came later -> the value that does what was done before them. At it a key is left out of
+# digests and comparisons, so runs of before go on.
+LATER_KEYS = {"TRAIN.AMP_DTYPE": "bfloat16", "TRAIN.TF32": False}
 
 OWN_VALUE = -1.0  # of DATA.BLUR_PROBABILITY: what the recipe itself says
 
@@ -92,8 +95,10 @@ def get_defaults() -> CfgNode:
             WEIGHT_DECAY=1e-4,
             RANK_CHECK_PERIOD=50,  # steps between comparisons of the ranks; 0: at checkpoints
             # How a step is computed (docs/PERFORMANCE.md). None: the machine decides, and says so.
-            REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next three
-            AMP=None,  # bfloat16 autocast; logits, loss and weights stay float32
+            REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next five
+            AMP=None,  # autocast; logits, loss and weights stay float32
+            AMP_DTYPE="bfloat16",  # or "float16", with a scaled loss: for GPUs without bfloat16
+            TF32=False,  # on a GPU: what is float32 is multiplied with 10 bits of mantissa
             CHANNELS_LAST=None,  # memory order of images and convolutions
             COMPILE=None,  # "eager"; "kernels": own C++, on a CPU; "torch": torch.compile
         ),
@@ -129,6 +134,8 @@ _CHOICES = {
     "TRAIN.OPTIMIZER": ("sgd", "lars", "adamw"),
     "TRAIN.SCHEDULE": ("cosine", "step", "cosine_by_step"),
     "TRAIN.AMP": (None, True, False),
+    "TRAIN.AMP_DTYPE": ("bfloat16", "float16"),
+    "TRAIN.TF32": (True, False),
     "TRAIN.CHANNELS_LAST": (None, True, False),
     "TRAIN.COMPILE": (None, "eager", "kernels", "torch"),
     "KNN.FEATURES": ("backbone", "head"),
@@ -190,6 +197,12 @@ def load_pretrain_config(config_file: str | None, overrides: Sequence[str] = ())
         momentum = get_key(cfg, key)
         _require(where, key, momentum, 0 <= momentum < 1, "0 <= momentum < 1")
     return cfg
+
+
+def unused_later_keys(cfg: CfgNode) -> tuple[str, ...]:
+    """The `LATER_KEYS` at the value that changes nothing."""
+    given = flatten(to_dict(cfg))
+    return tuple(key for key, value in LATER_KEYS.items() if given[key] == value)
 
 
 def _check_pixels(where: str, cfg: CfgNode) -> None:

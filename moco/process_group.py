@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 
+import torch
 import torch.distributed as dist
 
 from moco.errors import DistributedError
@@ -34,9 +35,18 @@ def rank_variables() -> tuple[int, int, int]:
     return tuple(values)
 
 
-def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> None:
+def join_group(
+    backend: str,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    device_id: torch.device | None = None,
+) -> None:
     """Meet the other ranks at MASTER_ADDR:MASTER_PORT; then `timeout_s` holds for collectives.
 
+    Args:
+        device_id: this rank's GPU. NCCL then connects at once, and not in the first collective,
+            and a barrier does not have to guess it.
     Raises: DistributedError naming the ranks that did not come within 10 minutes (or `timeout_s`,
         where that is longer).
     """
@@ -54,6 +64,7 @@ def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> No
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device_id,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -16,6 +16,7 @@ from moco.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from moco.data.images import ImageSource
 from moco.data.loader import build_eval_loader
 from moco.data.subset import SubsetSource
+from moco.devices import out_of_memory_as_error, set_arithmetic
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
 from moco.evaluation.features import RateLines, encoder_function, iterate_features
@@ -113,7 +114,11 @@ def evaluate_knn(
     )
     whole = len(train) * extract.width * dtype.itemsize
     say(plan_in_words(plan, whole))
-    search = _search(extract, train, test, k, dtype, say)
+    with out_of_memory_as_error(
+        lambda: f"kNN (rank {process.rank})",
+        lambda: "Lower --batch-size, or compare float16 features",
+    ):
+        search = _search(extract, train, test, k, dtype, say)
     labels, test_labels = (torch.tensor(source.labels) for source in (train, test))
     neighbour_labels = labels.to(process.device)[search.index_MK]
     accuracies = sweep(
@@ -144,6 +149,7 @@ class _Extraction:
         encoder = weights.build_encoder(image_size=self.size, head=settings.features == "head")
         memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         encoder.to(process.device, memory_format=memory_format)
+        set_arithmetic(process.device)
         self.encode = encoder_function(encoder, settings.features, amp=settings.amp)
         with torch.inference_mode():
             blank = torch.zeros(1, 3, self.size, self.size, device=process.device)

@@ -108,10 +108,10 @@ def _memory_format(x_BCHW: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last and not plain else torch.contiguous_format
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(nn.SyncBatchNorm):
     """Batch norm over the batches of all processes, for [B, C] and [B, C, H, W].
 
-    torch's SyncBatchNorm runs on GPUs only; this one runs wherever the process group does. All
+    torch's, whose kernels are for GPUs; elsewhere the same statistics by ordinary operations. All
     processes must hold equally many values. Alone, and in evaluation, it is plain batch norm.
     """
 
@@ -120,8 +120,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"SyncBatchNorm takes [B, C] or [B, C, H, W], got {list(x.shape)}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return nn.SyncBatchNorm.forward(self, x)
         if not self.training or world_size() == 1:
-            return super().forward(x)
+            return nn.modules.batchnorm._BatchNorm.forward(self, x)
         self._check_input_dim(x)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         over = [0, *range(2, x.dim())]

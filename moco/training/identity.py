@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moco import cfgnode
 from moco.cfgnode import CfgNode
-from moco.config import DIGEST_EXCLUDE
+from moco.config import DIGEST_EXCLUDE, LATER_KEYS, unused_later_keys
 from moco.data.images import ImageSource
 from moco.errors import CheckpointError
 
@@ -49,7 +49,9 @@ class RunIdentity:
         names = "\n".join(source.paths)
         return cls(
             config=cfgnode.to_dict(cfg),
-            config_digest=cfgnode.digest(cfg, DIGEST_EXCLUDE),
+            config_digest=cfgnode.digest(
+                cfg, tuple({*DIGEST_EXCLUDE, *unused_later_keys(cfg)})
+            ),
             data_digest=hashlib.sha256(names.encode()).hexdigest()[:16],
             world_size=world_size,
             steps_per_epoch=len(source) // cfg.TRAIN.BATCH_SIZE,
@@ -105,7 +107,7 @@ class RunIdentity:
         return self._elastic_lines(made, extra)
 
     def _changed_keys(self, config: dict) -> dict[str, tuple[object, object]]:
-        old, new = cfgnode.flatten(config), cfgnode.flatten(self.config)
+        old, new = {**LATER_KEYS, **cfgnode.flatten(config)}, cfgnode.flatten(self.config)
         excluded = tuple(f"{key}." for key in DIGEST_EXCLUDE)
         return {
             key: (old.get(key), new.get(key))

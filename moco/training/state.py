@@ -16,6 +16,7 @@ from moco.training import checkpoint as ckpt
 from moco.training import fit
 from moco.training.changes import Changes
 from moco.training.identity import RunIdentity, code_digest
+from moco.training.loss_scale import LossScale
 
 
 def save(
@@ -27,6 +28,7 @@ def save(
     arch: str,
     identity: RunIdentity,
     changes: Changes | None = None,
+    loss_scale: LossScale | None = None,
 ) -> None:
     """Write a checkpoint in the reference's layout, with what it lacks under `extra`.
 
@@ -47,6 +49,7 @@ def save(
             "versions": versions(),
             "code_digest": code_digest(),
             "changes": made,
+            **({"loss_scale": loss_scale.state()} if loss_scale is not None else {}),
         },
     }
     ckpt.save_checkpoint(
@@ -81,6 +84,7 @@ def restore(
     identity: RunIdentity,
     elastic: bool = False,
     changes: Changes | None = None,
+    loss_scale: LossScale | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Load a checkpoint of ours or of the reference. Returns the number of finished steps.
@@ -88,6 +92,7 @@ def restore(
     Args:
         elastic: allow another number of processes, see `RunIdentity.check`.
         changes: which keys may differ; receives those that do.
+        loss_scale: receives the file's; one that begins is left where another run is continued.
         say: receives a line for what differs and is allowed to.
     Raises: CheckpointError where names, shapes, configuration, data or world size differ.
     """
@@ -115,6 +120,8 @@ def restore(
     if type(counted) is not int or counted < 0:
         raise CheckpointError(f"{path}: 'epoch' or 'step' is {counted!r}; 0 or more is needed")
     fit.check_optimizer(path, content["optimizer"], optimizer, has_stepped=counted > 0)
+    if loss_scale is not None and extra is not None and "loss_scale" in extra:
+        loss_scale.load(extra["loss_scale"], path)
     method.load_state_dict(state)
     # Decay, momentum and the like are the configuration's, not the file's, as they may be changed.
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
