@@ -155,8 +155,7 @@ class LinearTrainer:
             dead_worker_as_data_error("DATA.NUM_WORKERS", workers.doing),
             out_of_memory_as_error(
                 lambda: f"step {self.progress.step} (rank {self.process.rank})",
-                lambda: "Lower TRAIN.BATCH_SIZE or EVAL.BATCH_SIZE, set TRAIN.AMP True, or start "
-                "more processes",
+                lambda: "Lower TRAIN.BATCH_SIZE or EVAL.BATCH_SIZE, or set TRAIN.AMP True",
             ),
         ):
             stopped = self._run(observers, received)
@@ -190,14 +189,8 @@ class LinearTrainer:
         progress.seconds = before + time.monotonic() - started
         return False
 
-    def _step(
-        self, batch, rates: list[float], *, stop_requested: bool, wait: bool
-    ) -> StepResult:
-        """One update; the rates are those of the optimizer's groups.
-
-        Args:
-            wait: read at once whether the loss is finite, on a GPU too.
-        """
+    def _step(self, batch, rates: list[float], *, stop_requested: bool, wait: bool) -> StepResult:
+        """One update; the rates are those of the optimizer's groups. `wait`: as of `StepGuard`."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         images, labels = (t.to(self.process.device, non_blocking=True) for t in batch[:2])

@@ -99,8 +99,8 @@ class NeighbourSearch:
 def stable_topk(values_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of each row, falling, and their columns; of equal values the first columns.
 
-    torch.topk leaves open which of equal values it takes, and their order. On a CPU these are looked
-    for afterwards; a GPU, which would have to be waited for, gets values that are never equal.
+    torch.topk leaves open which of equal values it takes, and their order. On a CPU these are
+    looked for afterwards; a GPU, which would have to be waited for, gets values that differ.
     """
     if values_BN.device.type != "cpu" and values_BN.dtype == torch.float32:
         return _topk_of_keys(values_BN, k)

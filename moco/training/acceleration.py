@@ -66,7 +66,8 @@ def resolve(cfg: CfgNode, device: torch.device) -> Acceleration:
         f"{'last' if last.value else 'first'} ({last.why}); {compiled.value} ({compiled.why})"
     )
     if device.type == "cuda":
-        text += f"; float32 products in {'TF32' if out.TRAIN.TF32 else 'full'} precision (TRAIN.TF32)"
+        precision = "TF32" if out.TRAIN.TF32 else "full"
+        text += f"; float32 products in {precision} precision (TRAIN.TF32)"
         text += _warning(out, device)
     return Acceleration(out, text)
 
@@ -153,7 +154,7 @@ def _warning(cfg: CfgNode, device: torch.device) -> str:
         return ""
     if cfg.TRAIN.AMP and cfg.TRAIN.AMP_DTYPE == "float16":
         return ""
-    what = "computes bfloat16 only by conversions to float32" if cfg.TRAIN.AMP else "has no bfloat16"
+    what = "only emulates bfloat16, which is slow" if cfg.TRAIN.AMP else "has no bfloat16"
     return (
         f". warning: this GPU (capability {capability[0]}.{capability[1]}) {what}; "
         "TRAIN.AMP_DTYPE float16 is what it is fast in"

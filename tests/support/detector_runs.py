@@ -6,14 +6,13 @@ import collections
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.device_runs import PROCESS, Outcome, _between_calls, _difference, measure
-from support.pretend_cuda import Record
-
 from detection.config import load_detection_config
 from detection.data.datasets import check_and_load
 from detection.data.shapes import make_shapes_dataset
 from detection.engines.base import Run
 from detection.engines.embedded import engine as engine_module
+from support.device_runs import PROCESS, Outcome, _between_calls, _difference, measure
+from support.pretend_cuda import Record
 
 CLASSES = ("circle", "square", "triangle", "cross")
 KEYS = {

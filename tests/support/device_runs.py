@@ -19,7 +19,6 @@ import numpy as np
 import tiny
 import torch
 from PIL import Image
-from support.pretend_cuda import DEVICE, MixedDevices, Record, is_on_device, pretend_cuda
 
 from moco.data.images import find_images
 from moco.distributed import ProcessInfo
@@ -34,6 +33,7 @@ from moco.training.nonfinite import NonFiniteReport
 from moco.training.optimizer import build_optimizer
 from moco.training.prefetch import ahead_on_device
 from moco.training.step import train_step
+from support.pretend_cuda import DEVICE, MixedDevices, Record, is_on_device, pretend_cuda
 
 PROCESS = ProcessInfo(0, 1, 0, DEVICE)
 # Of a step: what its loader gives, how precise it is.

@@ -9,13 +9,12 @@ What it sees:
 - each wait of the host for the device, with the line of the project that caused it: `.item()`,
   `.cpu()`, `nonzero` and indexing by a mask, copies that are blocking or from memory that is not
   pinned, CPU values written through an index (the rules are in torch's sources, see `_Dispatch`);
-- a tensor that leaves for numpy, a pinned one that is on the device already, a generator of the
-  wrong device.
+- a tensor that leaves for numpy, or is pinned though it is on the device; a generator of the CPU.
 
-What it cannot see: kernels (their results, their limits on strides and types, which of them autocast
-picks), streams and races between them, NCCL (see `nccl_rules`), speed, memory, torch.compile, what
-C++ code decides by the device without an operation. So it finds waits and mixed devices, and nothing
-that it calls correct has run on a GPU.
+What it cannot see: kernels (their results, their limits on strides and types, which of them
+autocast picks), streams and races between them, NCCL (see `nccl_rules`), speed, memory,
+torch.compile, what C++ code decides by the device without an operation. So it finds waits and
+mixed devices; nothing that it passes has run on a GPU.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ def _wait(kind: str) -> None:
 # Their results' sizes, or values, are read by the host.
 _READS = {
     "aten::_local_scalar_dense": "item", "aten::nonzero": "nonzero", "aten::equal": "equal",
-    "aten::masked_select": "masked_select", "aten::is_nonzero": "bool", "aten::bincount": "bincount",
-    "aten::_unique2": "unique", "aten::unique_dim": "unique",
+    "aten::masked_select": "masked_select", "aten::is_nonzero": "bool",
+    "aten::bincount": "bincount", "aten::_unique2": "unique", "aten::unique_dim": "unique",
     "torchvision::nms": "nms (size of its result)",
 }  # fmt: skip
 _MAY_MIX = {"aten::_to_copy", "aten::set_", "aten::_has_compatible_shallow_copy_type"}
@@ -286,7 +285,8 @@ def _to(func, tensor, args, kwargs):
 
     if device is None:
         return convert(tensor)
-    return _moved(tensor, DEVICE if _is_cuda(device) else torch.device(device), non_blocking, convert)
+    device = DEVICE if _is_cuda(device) else torch.device(device)
+    return _moved(tensor, device, non_blocking, convert)
 
 
 def _moved(

@@ -26,8 +26,8 @@ def main() -> None:
     print("| run | per | waits | mixed devices |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for outcome in all_runs(Path(folder)):
-            mixed = outcome.mixed or "0"
-            print(f"| {outcome.name} | {outcome.unit} | {outcome.num_waits:g} | {mixed} |", flush=True)
+            words = outcome.name, outcome.unit, f"{outcome.num_waits:g}", outcome.mixed or "0"
+            print(f"| {' | '.join(words)} |", flush=True)
             if args.lines:
                 for (kind, place), num in sorted(outcome.waits.items(), key=lambda one: -one[1]):
                     print(f"    {num:6.1f}  {kind}  {place}")
