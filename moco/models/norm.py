@@ -108,12 +108,17 @@ def _memory_format(x_BCHW: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last and not plain else torch.contiguous_format
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all processes, for [B, C] and [B, C, H, W].
 
-    torch's, whose kernels are for GPUs; elsewhere the same statistics by ordinary operations. All
+    On a CUDA GPU it is torch's, which has kernels for it; elsewhere the same statistics by ordinary
+    operations. It does not derive from torch's: DistributedDataParallel refuses those on a CPU. All
     processes must hold equally many values. Alone, and in evaluation, it is plain batch norm.
     """
+
+    # What torch's forward asks of itself.
+    process_group = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         if x.dim() not in (2, 4):
@@ -123,7 +128,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if x.is_cuda:
             return nn.SyncBatchNorm.forward(self, x)
         if not self.training or world_size() == 1:
-            return nn.modules.batchnorm._BatchNorm.forward(self, x)
+            return super().forward(x)
         self._check_input_dim(x)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         over = [0, *range(2, x.dim())]

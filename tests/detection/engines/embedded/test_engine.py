@@ -23,7 +23,9 @@ from detection.data.shapes import make_shapes_dataset
 from detection.engines.base import Run, TrainingStopped
 from detection.engines.embedded import engine as engine_module
 from detection.engines.embedded.engine import EmbeddedEngine, amp_note
+from detection.engines.embedded.rpn import RPN
 from detection.engines.progress import MAX_LINES_OFF_TERMINAL, Progress
+from detection.engines.session import StopFlag, check_losses, loss_problem
 from moco import distributed
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -193,16 +195,16 @@ def test_checkpoint_of_another_seed_is_refused(shapes, tmp_path):
 def test_non_finite_loss_stops_before_the_update(shapes, tmp_path, monkeypatch):
     calls = []
 
-    def broken(forward, batch):
+    def broken(model, batch):
         calls.append(batch)
+        losses = forward(model, batch)
         if len(calls) < 3:
-            return losses_of(forward, batch)
+            return losses
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self: pytest.fail("updated"))
-        nan = {name: loss * float("nan") for name, loss in forward(batch).items()}
-        return losses_of(lambda _: nan, batch)
+        return {name: loss * float("nan") for name, loss in losses.items()}
 
-    losses_of = engine_module._losses
-    monkeypatch.setattr(engine_module, "_losses", broken)
+    forward = engine_module.GeneralizedRCNN.forward
+    monkeypatch.setattr(engine_module.GeneralizedRCNN, "forward", broken)
     with pytest.raises(NonFiniteError) as caught:
         EmbeddedEngine().train(make_run(shapes, tmp_path))
     text = str(caught.value)
@@ -212,12 +214,29 @@ def test_non_finite_loss_stops_before_the_update(shapes, tmp_path, monkeypatch):
 
 
 def test_non_finite_losses_are_seen():
-    class Model(torch.nn.Module):
-        def forward(self, batch):
-            return {"loss_a": torch.tensor(batch[0]), "loss_b": torch.tensor(1.0)}
+    def found(loss, num_wild=0):
+        losses = {"loss_a": torch.tensor(loss), "loss_b": torch.tensor(1.0)}
+        stop = StopFlag(requested=loss == 2.0)
+        bad, stopping = check_losses(losses, torch.tensor(num_wild), stop, PROCESS)
+        return bad, stopping, loss_problem(losses)
 
-    assert engine_module._losses(Model(), [2.0])[1] is None
-    assert engine_module._losses(Model(), [float("inf")])[1] == "loss_a=inf, loss_b=1"
+    assert found(2.0) == (False, True, None)
+    assert found(3.0) == (False, False, None)
+    assert found(3.0, num_wild=1) == (True, False, None)
+    assert found(float("inf")) == (True, False, "loss_a=inf, loss_b=1")
+
+
+def test_proposals_that_are_not_finite_stop_training_too(shapes, tmp_path, monkeypatch):
+    def wild(self, *args):
+        proposals = propose(self, *args)
+        self.num_wild = self.num_wild + 7
+        return proposals
+
+    propose = RPN.propose
+    monkeypatch.setattr(RPN, "propose", wild)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: pytest.fail("updated"))
+    with pytest.raises(NonFiniteError, match=r"iteration 0: .* RPN: 7 of \d+ proposals of this"):
+        EmbeddedEngine().train(make_run(shapes, tmp_path))
 
 
 def test_diverging_run_ends_with_the_error(shapes, tmp_path):
