@@ -46,7 +46,7 @@ PRECISIONS = {
     "fp32": {},
     "bf16": {"TRAIN__AMP": True, "TRAIN__CHANNELS_LAST": True},
 }
-_WARM, _MEASURED = 2, 2  # steps
+_WARM = 2  # steps: the second still makes momentum, constants, the guard's first event
 
 
 @dataclass
@@ -86,10 +86,6 @@ def measure(name: str, work: Callable[[Record, Outcome], None], unit: str = "ste
     return outcome
 
 
-def _per_step(record: Record, num_steps: int) -> dict[tuple[str, str], float]:
-    return {key: num / num_steps for key, num in record.waits.items()}
-
-
 def pretraining_step(
     images: Path, variant: str, backend: str = "opencv", precision: str = "fp32", **changes: object
 ) -> Outcome:
@@ -108,13 +104,13 @@ def pretraining_step(
         delayed = skips_updates(optimizer, PROCESS)
         guard = StepGuard(PROCESS, NonFiniteReport(method, PROCESS), delayed=delayed)
         loader = build_loader(
-            resolved, source, PROCESS, first_step=0, last_step=_WARM + _MEASURED + 1
+            resolved, source, PROCESS, first_step=0, last_step=_WARM + 2
         )
         for step, batch in enumerate(ahead_on_device(loader, DEVICE)):
             if step == _WARM:
                 record.clear()
-            if step == _WARM + _MEASURED:
-                outcome.waits = _per_step(record, _MEASURED)
+            if step == _WARM + 1:
+                outcome.waits = dict(record.waits)
                 break
             result = train_step(
                 method, method, optimizer, batch, step=step, lr=0.1, momentum=0.9, cfg=resolved,
