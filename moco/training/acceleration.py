@@ -49,7 +49,7 @@ def resolve(cfg: CfgNode, device: torch.device) -> Acceleration:
         amp, last, compiled = (_Choice(v, "TRAIN.REFERENCE") for v in (False, False, "eager"))
     else:
         amp = _decide(cfg, "AMP") or _choose_amp(cfg, device)
-        last = _decide(cfg, "CHANNELS_LAST") or _choose_channels_last(cfg)
+        last = _decide(cfg, "CHANNELS_LAST") or _choose_channels_last(cfg, device)
         compiled = _decide(cfg, "COMPILE") or _choose_compile(cfg, device, last.value)
         _check_compile(cfg, device, last.value, compiled.value)
         _check_dtype(cfg, device)
@@ -123,7 +123,10 @@ def _choose_amp(cfg: CfgNode, device: torch.device) -> _Choice:
     return _Choice(flag is not None, why)
 
 
-def _choose_channels_last(cfg: CfgNode) -> _Choice:
+def _choose_channels_last(cfg: CfgNode, device: torch.device) -> _Choice:
+    if device.type == "cuda" and cfg.MODEL.BN_SPLITS > 1:
+        # Channels last each layer's groups are copied out and back; channels first they are views.
+        return _Choice(False, f"MODEL.BN_SPLITS {cfg.MODEL.BN_SPLITS}: its groups are copied else")
     return _Choice(_is_resnet(cfg), cfg.MODEL.ARCH)
 
 

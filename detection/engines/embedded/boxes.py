@@ -22,7 +22,7 @@ class BoxCoder(torchvision_boxes.BoxCoder):
     def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Boxes [N, 4 K] of deltas [N, 4 K] to boxes [N, 4]."""
         deltas = [d / w for d, w in zip(self._unbind(rel_codes), self.weights, strict=True)]
-        low, high = [], []
+        boxes, low, high = boxes.to(rel_codes.dtype), [], []
         for axis in (0, 1):
             start, end = boxes[:, axis, None], boxes[:, axis + 2, None]
             length = end - start

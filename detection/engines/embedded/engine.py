@@ -40,6 +40,7 @@ from detection.engines.session import (
 )
 from moco import distributed
 from moco.cfgnode import CfgNode
+from moco.devices import out_of_memory_as_error
 from moco.distributed import ProcessInfo
 from moco.errors import dead_worker_as_data_error
 from moco.kernels.compiler import compile_kernels
@@ -83,7 +84,15 @@ class EmbeddedEngine:
         for note in filter(None, (compiled, amp_note(cfg, process.device))):
             say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
-            with stop_on_sigterm() as stop, dead_worker_as_data_error(WORKERS_KEY):
+            with (
+                stop_on_sigterm() as stop,
+                dead_worker_as_data_error(WORKERS_KEY),
+                out_of_memory_as_error(
+                    lambda: f"detector training (rank {process.rank})",
+                    lambda: "Lower SOLVER.IMS_PER_BATCH with BASE_LR, or INPUT.MAX_SIZE_TRAIN, or "
+                    "set SOLVER.AMP.ENABLED True",
+                ),
+            ):
                 _train_iterations(run, model, optimizer, randomness, start, stop)
         # Detectron2's hook order: precise statistics first, then the final checkpoint.
         if cfg.TEST.PRECISE_BN.ENABLED:
@@ -133,7 +142,13 @@ class EmbeddedEngine:
 
 def _detect(model: GeneralizedRCNN, sample: dict, run: Run) -> tuple:
     """The entry of one test sample in `Detections`."""
-    with _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED):
+    with (
+        _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED),
+        out_of_memory_as_error(
+            lambda: f"{sample['file_name']} (rank {run.process.rank})",
+            lambda: "Lower INPUT.MAX_SIZE_TEST, or set TEST.AMP.ENABLED True",
+        ),
+    ):
         found = model.inference([sample])[0]
     # In one piece: each is read after all that the device was given before. Classes stay exact.
     columns = found["boxes"], found["scores"][:, None], found["classes"][:, None].float()

@@ -28,7 +28,13 @@ from detection.engines.progress import MAX_LINES_OFF_TERMINAL, Progress
 from detection.engines.session import StopFlag, check_losses, loss_problem
 from moco import distributed
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from moco.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceMemoryError,
+    NonFiniteError,
+)
 from moco.kernels import compiler
 from moco.training.checkpoint import read_torch_file, save_checkpoint
 
@@ -404,3 +410,17 @@ def test_two_processes_by_kernels(shapes, tmp_path):
         for keys in (eager, KERNELS)
     )
     assert found == pytest.approx(expected, rel=1e-3) and found != expected
+
+
+def test_out_of_memory_is_one_line_with_what_to_lower(shapes, finished, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(engine_module.GeneralizedRCNN, "forward", fail)
+    monkeypatch.setattr(engine_module.GeneralizedRCNN, "inference", fail)
+    wanted = r"detector training \(rank 0\): CUDA out of memory. .* Lower SOLVER.IMS_PER_BATCH"
+    with pytest.raises(DeviceMemoryError, match=wanted):
+        EmbeddedEngine().train(make_run(shapes, tmp_path))
+    run = finished
+    with pytest.raises(DeviceMemoryError, match=r"jpg \(rank 0\): CUDA .* INPUT.MAX_SIZE_TEST"):
+        EmbeddedEngine().predict(run, run.data.test_records[:1])
