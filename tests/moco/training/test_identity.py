@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from moco import cfgnode
 from moco.cfgnode import flatten
+from moco.config import DIGEST_EXCLUDE
 from moco.errors import CheckpointError, ConfigError
 from moco.training import state
 from moco.training.changes import Changes
@@ -161,3 +163,17 @@ def test_other_versions_are_said():
 
 def test_control_the_compared_keys_are_all_but_the_excluded():
     assert {"TRAIN.LR", "MODEL.ARCH", "SEED"} <= flatten(identity().config).keys()
+
+
+def test_keys_that_came_later_change_no_run_of_before():
+    """A configuration without them has the same digest, and continues; another value does not."""
+    now = identity()
+    before = cfgnode.to_dict(tiny.config())
+    for key in ("AMP_DTYPE", "TF32"):
+        del before["TRAIN"][key]
+    left_out = (*DIGEST_EXCLUDE, "TRAIN.AMP_DTYPE", "TRAIN.TF32")
+    assert now.config_digest == cfgnode.digest(tiny.config(), left_out)
+    assert now.differences(extra(now, config=before)) == {}
+    other = identity(TRAIN__TF32=True)
+    assert other.config_digest != now.config_digest
+    assert other.differences(extra(now, config=before)) == {"TRAIN.TF32": (False, True)}
