@@ -29,6 +29,8 @@ ADDED_LATER = {
     "DATA.CHANNELS": 3,
     "DATA.FINGERPRINT": "names",
     "DATA.SIXTEEN_BIT_RANGE": [0, 65535],
+    "TRAIN.AMP_DTYPE": "bfloat16",
+    "TRAIN.TF32": False,
 }
 
 OWN_VALUE = -1.0  # of DATA.BLUR_PROBABILITY: what the recipe itself says
@@ -105,8 +107,10 @@ def get_defaults() -> CfgNode:
             WEIGHT_DECAY=1e-4,
             RANK_CHECK_PERIOD=50,  # steps between comparisons of the ranks; 0: at checkpoints
             # How a step is computed (docs/PERFORMANCE.md). None: the machine decides, and says so.
-            REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next three
-            AMP=None,  # bfloat16 autocast; logits, loss and weights stay float32
+            REFERENCE=False,  # the reference's arithmetic and pixels: overrides the next five
+            AMP=None,  # autocast; logits, loss and weights stay float32
+            AMP_DTYPE="bfloat16",  # or "float16", with a scaled loss: for GPUs without bfloat16
+            TF32=False,  # on a GPU: what is float32 is multiplied with 10 bits of mantissa
             CHANNELS_LAST=None,  # memory order of images and convolutions
             COMPILE=None,  # "eager"; "kernels": own C++, on a CPU; "torch": torch.compile
         ),
@@ -146,6 +150,8 @@ _CHOICES = {
     "TRAIN.OPTIMIZER": ("sgd", "lars", "adamw"),
     "TRAIN.SCHEDULE": ("cosine", "step", "cosine_by_step"),
     "TRAIN.AMP": (None, True, False),
+    "TRAIN.AMP_DTYPE": ("bfloat16", "float16"),
+    "TRAIN.TF32": (True, False),
     "TRAIN.CHANNELS_LAST": (None, True, False),
     "TRAIN.COMPILE": (None, "eager", "kernels", "torch"),
     "KNN.FEATURES": ("backbone", "head"),

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from moco.checksum import checksum, checksums
 from moco.child_processes import run_processes
+from moco.devices import CHOICES, ONE_PROCESS, only_device, send
 from moco.errors import DistributedError, MocoError
 from moco.process_group import gpu_of, join_group, rank_variables
 from moco.shuffle import ExchangePlan, exchange_plan
@@ -46,16 +47,18 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
     """Join the process group that torchrun or srun describes, or run alone.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        device: "auto" (a CUDA GPU where there is one), or another of `moco.devices.CHOICES`.
         timeout_s: how long a collective may wait for a rank, in seconds; more than rank 0 ever
             works alone (kNN evaluation, checkpoint). To start, ranks have 10 minutes or more.
     Raises:
         DistributedError: the device does not exist, a variable is missing, or a rank does not come.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise DistributedError(f"device {device!r} is unknown; allowed: auto, cpu, cuda")
+    if device not in CHOICES:
+        raise DistributedError(f"device {device!r} is unknown; allowed: {', '.join(CHOICES)}")
     if timeout_s <= 0:
         raise DistributedError(f"collective timeout is {timeout_s:g}; allowed: seconds above 0")
+    if device in ONE_PROCESS:
+        return ProcessInfo(0, 1, 0, only_device(device, num_processes=rank_variables()[1]))
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise DistributedError("device 'cuda' was asked for, torch sees no GPU; use --device cpu")
@@ -74,7 +77,8 @@ def setup_process(device: str = "auto", timeout_s: float = 1800.0) -> ProcessInf
     if not use_cuda:
         _keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        join_group("nccl" if use_cuda else "gloo", rank, world_size, timeout_s)
+        device_id = torch_device if use_cuda else None
+        join_group("nccl" if use_cuda else "gloo", rank, world_size, timeout_s, device_id)
     return ProcessInfo(rank, world_size, local_rank, torch_device)
 
 
@@ -284,10 +288,10 @@ def _exchange(rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     )
     if is_channels_last:
         rows = rows.permute(0, 2, 3, 1)
-    rows = rows.index_select(0, plan.rows_to_send.to(rows.device, non_blocking=True))
+    rows = rows.index_select(0, send(plan.rows_to_send, rows.device))
     if num_ranks > 1:
         rows = _all_to_all(rows, plan)
-        rows = rows.index_select(0, plan.places.to(rows.device, non_blocking=True))
+        rows = rows.index_select(0, send(plan.places, rows.device))
     return rows.permute(0, 3, 1, 2) if is_channels_last else rows
 
 
@@ -326,8 +330,9 @@ def data_parallel(module: torch.nn.Module, process: ProcessInfo) -> torch.nn.Mod
     # torch >= 2.13 renames the option and warns about the old name.
     names = inspect.signature(ddp.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    devices = [process.device] if process.device.type == "cuda" else None
-    return ddp(module, device_ids=devices, **{option: False})
+    assert next(module.parameters()).device == process.device
+    # No device_ids: with them it would copy to the GPU, waiting, what a method keeps on the CPU.
+    return ddp(module, **{option: False})
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:

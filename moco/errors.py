@@ -46,6 +46,10 @@ class DistributedError(MocoError):
     """The process group cannot be set up or its ranks disagree."""
 
 
+class DeviceMemoryError(MocoError):
+    """The device's memory does not hold what was asked of it."""
+
+
 class NonFiniteError(MocoError):
     """Training produced NaN or Inf; nothing was updated with it."""
 

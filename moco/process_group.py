@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from moco.errors import DistributedError, report
@@ -62,9 +63,18 @@ def gpu_of(local_rank: int, num_visible: int) -> int | None:
     return 0 if is_task and num_visible == 1 else None
 
 
-def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> None:
+def join_group(
+    backend: str,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    device_id: torch.device | None = None,
+) -> None:
     """Meet the other ranks at MASTER_ADDR:MASTER_PORT; then `timeout_s` holds for collectives.
 
+    Args:
+        device_id: this rank's GPU. NCCL then connects at once, and not in the first collective,
+            and a barrier does not have to guess it.
     Raises: DistributedError naming the ranks that did not come within 10 minutes (or `timeout_s`,
         where that is longer).
     """
@@ -82,6 +92,7 @@ def join_group(backend: str, rank: int, world_size: int, timeout_s: float) -> No
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device_id,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -11,8 +11,8 @@ FILES = sorted(
 )
 BASE = {
     "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.config", "moco.seeding",
-    "moco.distributed", "moco.lost_rank", "moco.shuffle", "moco.signals", "moco.child_processes",
-    "moco.slots", "moco.process_group",
+    "moco.devices", "moco.distributed", "moco.lost_rank", "moco.shuffle", "moco.signals",
+    "moco.child_processes", "moco.slots", "moco.process_group",
 }  # fmt: skip
 MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.data": set(),
@@ -23,8 +23,8 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.training": {"moco.data", "moco.kernels", "moco.models", "moco.contrast", "moco.methods"},
     "moco.evaluation": {  # of training only what knows no method
         "moco.data", "moco.kernels", "moco.models", "moco.training.checkpoint",
-        "moco.training.layouts",
-        "moco.training.progress", "moco.training.retention", "moco.training.run_lock",
+        "moco.training.guard", "moco.training.layouts", "moco.training.progress",
+        "moco.training.retention", "moco.training.run_lock",
     },
     "moco.studies": {"moco.methods", "moco.training"},
     "moco.reporting": {"moco.data", "moco.studies", "moco.training"},
@@ -34,8 +34,8 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     },
 }  # fmt: skip
 OF_MOCO_IN_DETECTION = {
-    "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.distributed",
-    "moco.process_group", "moco.signals", "moco.slots",
+    "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.devices",
+    "moco.distributed", "moco.process_group", "moco.signals", "moco.slots",
     "moco.training", "moco.training.changes", "moco.training.checkpoint", "moco.training.layouts",
     "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
     "moco.benchmarks", "moco.benchmarks.record",

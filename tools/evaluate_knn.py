@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moco import distributed  # noqa: E402
 from moco.data import workers  # noqa: E402
+from moco.devices import CHOICES  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.knn_evaluation import KnnSettings, evaluate_knn  # noqa: E402
 from moco.process_group import leaving_group  # noqa: E402
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time")
     parser.add_argument("--num-workers", type=int, default=4, help="loader processes")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--device", default="auto", choices=CHOICES)
     return parser.parse_args(argv)
 
 

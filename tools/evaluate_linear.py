@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moco import distributed  # noqa: E402
+from moco.devices import CHOICES  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.cached import evaluate_cached  # noqa: E402
 from moco.evaluation.config import load_linear_config  # noqa: E402
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--finetune", action="store_true", help="FINETUNE.ENABLED: train the backbone too"
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--device", default="auto", choices=CHOICES)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args(argv)
 

@@ -28,7 +28,7 @@ from detection.predict import (  # noqa: E402
     find_model,
     predict_images,
 )
-from moco import distributed  # noqa: E402
+from moco import devices, distributed  # noqa: E402
 from moco.errors import ConfigError, exit_on_error  # noqa: E402
 
 EXIT_BAD_IMAGE = 1
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--threshold", type=float, default=0.5, help="lowest score that is kept, 0 to 1"
     )
     parser.add_argument("--engine", choices=CHOICES, default="auto")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=devices.CHOICES, default="auto")
     return parser.parse_args(argv)
 
 
@@ -87,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def choose_engine(name: str, model: Model, device_type: str) -> tuple[Engine, str]:
     """The engine asked for; for "auto" the one the model was trained by, where it can run."""
+    if device_type not in ("cpu", "cuda"):
+        if name == "detectron2":
+            raise ConfigError(f"--engine detectron2: not with --device {device_type}; leave it out")
+        return select_engine("embedded")[0], f"the one that runs on {device_type}"
     if name == "auto" and model.trained_by in CHOICES:
         try:
             return select_engine(model.trained_by)[0], "auto: it trained the model"

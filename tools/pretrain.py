@@ -22,6 +22,7 @@ from moco.config import load_pretrain_config  # noqa: E402
 from moco.data.images import find_images, left_out_in_words  # noqa: E402
 from moco.data.rgb import Decoding  # noqa: E402
 from moco.data.sixteen_bit import look_at_sixteen_bits  # noqa: E402
+from moco.devices import CHOICES, memory_of  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.monitor import build_knn_monitor  # noqa: E402
 from moco.lost_rank import lost_rank_as_error  # noqa: E402
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="print what the configuration means (batch, rate, negatives, memory) and stop",
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--device", default="auto", choices=CHOICES)
     parser.add_argument(
         "--collective-timeout",
         type=float,
@@ -99,7 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         cfg = resolved.cfg
         check_batch(cfg, source, process.world_size)
         say(
-            resolve_recipe(cfg, num_images=len(source), world_size=process.world_size).text()
+            resolve_recipe(
+                cfg, num_images=len(source), world_size=process.world_size,
+                device_memory=memory_of(process.device),
+            ).text()
         )
         say(resolved.text)
         if args.dry_run:

@@ -126,15 +126,24 @@ def stop_on_signal() -> Iterator[StopFlag]:
         yield StopFlag(received)
 
 
-def save_if_due(run: Run, iteration: int, stop: StopFlag, save: Callable[[Path], None]) -> None:
+def save_if_due(
+    run: Run,
+    iteration: int,
+    stop: StopFlag,
+    save: Callable[[Path], None],
+    *,
+    stopping: bool | None = None,
+) -> None:
     """After an iteration, on every rank: save the state where it is time to.
 
     Args:
         save: writes the state to a path; called on every rank, all wait for its end.
+        stopping: what `check_losses` gave; None asks all ranks here.
     Raises: TrainingStopped, after saving, where a rank was asked to stop.
     """
     solver, process = run.cfg.SOLVER, run.process
-    stopping = distributed.any_rank(stop.requested, process.device)
+    if stopping is None or process.world_size == 1:
+        stopping = distributed.any_rank(stop.requested, process.device)
     num_done = iteration + 1
     path = periodic_path(run.output_dir, iteration)
     # The last state is kept too: precise batch norm may be interrupted.
@@ -158,6 +167,25 @@ def loss_problem(losses: dict[str, torch.Tensor]) -> str | None:
     if torch.isfinite(sum(losses.values())):
         return None
     return ", ".join(f"{name}={loss.item():g}" for name, loss in losses.items())
+
+
+def check_losses(
+    losses: dict[str, torch.Tensor], num_wild: torch.Tensor, stop: StopFlag, process: ProcessInfo
+) -> tuple[bool, bool]:
+    """Whether on any rank a loss or a proposal is not finite, and whether one was asked to stop:
+    one message, and the one wait for the device in an iteration, before anything is updated.
+
+    Args:
+        num_wild: proposals that are NaN or Inf.
+    """
+    total = sum(losses.values()).detach()
+    bad = ~torch.isfinite(total) | (num_wild > 0)
+    asked = torch.full((), stop.requested, dtype=torch.bool, device=total.device)
+    flags = torch.stack([bad, asked]).to(torch.uint8)
+    if process.world_size > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    is_bad, stopping = flags.tolist()
+    return bool(is_bad), bool(stopping)
 
 
 def stop_if_not_finite(

@@ -23,6 +23,7 @@ from moco.cfgnode import CfgNode
 from moco.child_processes import end_with_parent
 from moco.config import load_pretrain_config
 from moco.data.augment import normalize
+from moco.devices import set_arithmetic
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError, MocoError
 from moco.evaluation.memory import peak_memory, reset_peak_rss
@@ -133,6 +134,7 @@ def _serve_steps(pipe: Connection, side: str, words, device, threads) -> None:
     reset_peak_rss()
     before = _peak(process.device)
     torch.manual_seed(derive_seed(cfg.SEED, "init"))
+    set_arithmetic(process.device, tf32=cfg.TRAIN.TF32)  # the same for all sides
     step, facts = _BUILDERS[side](cfg, process)
     for number in range(_WARM_UP):  # compiles, tunes and allocates
         step(number)

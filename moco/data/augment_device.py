@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.data.box_blur import box_weights
+from moco.devices import send
 
 if TYPE_CHECKING:
     from moco.data.augment import ViewParameters
@@ -66,7 +67,7 @@ def apply_batch(
         return torch.cat([apply_batch(*part, compiled=compiled) for part in parts], dim=1)
     blend, hue, box = (_function(f, compiled) for f in (_blend, _shift_hue, _box_pass))
     rows = _rows_of(table, crops_NCHW.device)
-    on_device = table.to(crops_NCHW.device, non_blocking=True)
+    on_device = send(table, crops_NCHW.device)
     operations, factors = on_device[:, _ORDER, None, None], on_device[:, _FACTORS, None, None]
     images = crops_NCHW.to(torch.float32)
     _replace(images, rows["grey first"], _three_greys)
@@ -76,7 +77,7 @@ def apply_batch(
         _replace(images, rows[f"hue {slot}"], hue, factors[:, slot])
     _replace(images, rows["grey"], _three_greys)
     if rows["blur"]:
-        weights = _half_boxes(table[:, _SIGMA]).to(crops_NCHW.device, non_blocking=True)
+        weights = send(_half_boxes(table[:, _SIGMA]), crops_NCHW.device)
         _replace(images, rows["blur"], functools.partial(_blur, box=box), weights)
     views = images.to(torch.uint8)
     _replace(views, rows["solarize"], lambda v: torch.minimum(v, 255 - v))
@@ -108,7 +109,7 @@ def _rows_of(table: torch.Tensor, device: torch.device) -> dict[str, _Rows]:
         masks[f"hue {slot}"] = operation == _HUE
         masks[f"blend {slot}"] = (operation != _HUE) & (operation != _NONE)
     found = [mask.nonzero().squeeze(1) for mask in masks.values()]
-    sent = torch.cat(found).to(device, non_blocking=True).split([len(rows) for rows in found])
+    sent = send(torch.cat(found), device).split([len(rows) for rows in found])
     return {name: _Rows(rows) for name, rows in zip(masks, sent, strict=True)}
 
 
@@ -215,7 +216,7 @@ def crop_batch(images_NCHW: torch.Tensor, table: torch.Tensor, size: int) -> tor
         images_NCHW: uint8; table: parameters [N, NUM_COLUMNS], on any device.
     """
     images = images_NCHW.to(torch.float32)
-    top, left, height, width = table[:, BOX].to(images.device, non_blocking=True).unbind(1)
+    top, left, height, width = send(table[:, BOX], images.device).unbind(1)
     columns_NSW = _resize_matrices(left, width, images.shape[3], size)
     images = _rounded(images @ columns_NSW.transpose(1, 2)[:, None])
     rows_NSH = _resize_matrices(top, height, images.shape[2], size)

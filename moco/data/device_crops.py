@@ -18,6 +18,7 @@ from moco.data.augment_device import BOX, crop_batch
 from moco.data.decode import read_rgb
 from moco.data.images import ImageSource
 from moco.data.reading import unreadable
+from moco.devices import send
 from moco.errors import ConfigError, DataError
 
 MAX_RESIDENT_BYTES = 4 << 30
@@ -58,7 +59,7 @@ class ResidentImages:
 
     def __call__(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> DeviceBatch:
         index, table_q, table_k = batch
-        chosen = index.to(self.images_NCHW.device, non_blocking=True)
+        chosen = send(index, self.images_NCHW.device)
         images = self.images_NCHW.index_select(0, chosen)
         crop_q, crop_k = (crop_batch(images, table, self.size) for table in (table_q, table_k))
         return crop_q, crop_k, index, table_q, table_k
@@ -113,7 +114,7 @@ class GpuDecoder:
             decoded = [self._decode_one(files[n], int(index[n])) for n in encoded]
         images = dict(zip(encoded, decoded, strict=True))
         return [
-            images[number] if number in images else file.to(self.device).permute(2, 0, 1)
+            images[number] if number in images else send(file, self.device).permute(2, 0, 1)
             for number, file in enumerate(files)
         ]
 

@@ -20,6 +20,7 @@ from moco import cfgnode, distributed
 from moco.cfgnode import CfgNode
 from moco.data.images import ImageSource
 from moco.data.sampler import epoch_order
+from moco.devices import send, set_arithmetic
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
 from moco.evaluation.classifier import Scores, count_correct, new_classifier
@@ -84,7 +85,7 @@ def train_classifiers(
         rate_S = torch.tensor(rates, device=device)
         for index in epoch_order(num, cfg.SEED, epoch).split(options.BATCH_SIZE):
             batch_BD = _rows(features, index, device, cfg.CACHED.NORMALIZE)
-            label_B = labels[index.to(device)].repeat_interleave(len(settings))
+            label_B = labels[send(index, device)].repeat_interleave(len(settings))
             loss = F.cross_entropy(_logits(batch_BD, *tensors).flatten(0, 1), label_B)
             # The mean runs over batch and settings, that of one setting over the batch alone.
             gradients = torch.autograd.grad(loss * len(settings), tensors)
@@ -103,7 +104,7 @@ def _on_device(features: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _rows(features, index: torch.Tensor, device: torch.device, unit: bool) -> torch.Tensor:
-    rows = features[index.to(features.device)].to(device, torch.float32)
+    rows = send(features[send(index, features.device)], device).float()
     return F.normalize(rows, dim=1) if unit else rows
 
 
@@ -126,16 +127,20 @@ def _sgd_(tensors, gradients, velocities, rate_S, decay_S, momentum: float) -> N
 @torch.no_grad()
 def _scores(test, weight_SCD, bias_SC, cfg: CfgNode, device) -> list[Scores | None]:
     features, labels = test
-    counts = torch.zeros(len(weight_SCD), 3, dtype=torch.float64)
+    found = []
     for index in torch.arange(len(features)).split(cfg.EVAL.BATCH_SIZE):
-        label_B = labels[index].to(device)
+        label_B = send(labels[index], device)
         logits_BSC = _logits(
             _rows(features, index, device, cfg.CACHED.NORMALIZE), weight_SCD, bias_SC
         )
-        for s, logits_BC in enumerate(logits_BSC.unbind(1)):
-            loss = F.cross_entropy(logits_BC, label_B, reduction="sum").item()
-            found = [*count_correct(logits_BC, label_B), loss]
-            counts[s] += torch.tensor(found, dtype=torch.float64)
+        of_settings = []
+        for logits_BC in logits_BSC.unbind(1):
+            loss = F.cross_entropy(logits_BC, label_B, reduction="sum")
+            of_settings.append(torch.cat([count_correct(logits_BC, label_B), loss[None]]))
+        found.append(torch.stack(of_settings))
+    counts = torch.zeros(len(weight_SCD), 3, dtype=torch.float64)
+    for of_batch in torch.stack(found).cpu().double():
+        counts += of_batch
     num = len(features)
     return [
         Scores(100 * top1 / num, 100 * top5 / num, loss / num, num) if loss == loss else None
@@ -209,6 +214,7 @@ def _fill_stores(cfg, weights, train, test, output_dir, process, say) -> list[Fe
     encoder = weights.build_encoder(image_size=cfg.DATA.SIZE)
     memory_format = torch.channels_last if cfg.TRAIN.CHANNELS_LAST else torch.contiguous_format
     encoder.to(process.device, memory_format=memory_format)
+    set_arithmetic(process.device)
     encode = encoder_function(encoder, "backbone", amp=cfg.TRAIN.AMP)
     mean, std = pixel_statistics(cfg, weights)
     stores = []

@@ -5,7 +5,7 @@ Shapes: B images of this process, N of the global batch, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -109,13 +109,11 @@ class _Whole(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over this process's images, detached; top1: their share that is right, in percent;
-    finite: whether the loss is on every process; stop: whether a process was asked to stop."""
+    """loss: mean over this process's images, detached; top1: their share that is right, in
+    percent."""
 
     loss: torch.Tensor
     top1: torch.Tensor
-    finite: bool
-    stop: bool
 
 
 def classify_step(
@@ -126,7 +124,7 @@ def classify_step(
     *,
     num_own: int,
     num_global: int,
-    stop_requested: bool = False,
+    settle: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
 ) -> StepResult:
     """Forward, backward and update, by the mean cross-entropy over the global batch.
 
@@ -134,7 +132,8 @@ def classify_step(
         images_BCHW: normalised, on the device. label_B: int64.
         num_own: how many of them count (0: none, where the batch has fewer images than there are
             processes). num_global: of the whole batch.
-    Returns: see `StepResult`. Nothing is updated where the loss of a process is not finite.
+        settle: called with the loss before the update; raises where it must not be made, or gives
+            what an optimizer's `found_inf` is to be (`StepGuard.check`).
     """
     logits_BC = classifier.train_logits(images_BCHW)
     loss = F.cross_entropy(logits_BC, label_B)
@@ -144,20 +143,11 @@ def classify_step(
     weight = num_own * classifier.process.world_size / num_global
     (loss if weight == 1.0 else loss * weight).backward()
     loss = loss.detach()
-    finite, stop = _agree(torch.isfinite(loss), stop_requested, classifier.process)
-    if finite:
-        optimizer.step()
+    skip = None if settle is None else settle(loss)
+    optimizer.found_inf = None if skip is None else skip.float()
+    optimizer.step()
     right = (logits_BC.detach().argmax(dim=1) == label_B).float().mean()
-    return StepResult(loss, 100.0 * right, finite, stop)
-
-
-def _agree(finite: torch.Tensor, stop: bool, process: ProcessInfo) -> tuple[bool, bool]:
-    """Finite everywhere; asked to stop anywhere."""
-    flags = torch.stack([~finite, torch.tensor(stop, device=finite.device)]).to(torch.uint8)
-    if process.world_size > 1:
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    not_finite, stop = flags.tolist()
-    return not not_finite, bool(stop)
+    return StepResult(loss, 100.0 * right)
 
 
 @dataclass(frozen=True)
@@ -170,11 +160,12 @@ class Scores:
     num_images: int
 
 
-def count_correct(logits_BC: torch.Tensor, label_B: torch.Tensor) -> tuple[int, int]:
-    """How many labels are the highest output, and among the five highest (all, with fewer)."""
+def count_correct(logits_BC: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """How many labels are the highest output, and among the five highest (all, with fewer):
+    float32 [2] on their device, exact below 2^24."""
     best_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
     right_BK = best_BK == label_B[:, None]
-    return int(right_BK[:, 0].sum()), int(right_BK.any(dim=1).sum())
+    return torch.stack([right_BK[:, 0].sum(), right_BK.any(dim=1).sum()]).float()
 
 
 def score(
@@ -185,13 +176,20 @@ def score(
 ) -> Scores:
     """Scores over the loaders of all processes together, each `build_eval_loader`'s share."""
     device = classifier.process.device
-    totals = torch.zeros(4, dtype=torch.float64)
+    found, num_images = [], 0
     for images_BCHW, label_B, _ in loader:
         images_BCHW = normalize(images_BCHW.to(device, non_blocking=True), mean, std)
         label_B = label_B.to(device, non_blocking=True)
         logits_BC = classifier.test_logits(images_BCHW)
-        loss = F.cross_entropy(logits_BC, label_B, reduction="sum").double()
-        found = [*count_correct(logits_BC, label_B), loss.item(), len(label_B)]
-        totals += torch.tensor(found, dtype=torch.float64)
-    top1, top5, loss, count = distributed.all_reduce_sum(totals.to(device)).tolist()
+        loss = F.cross_entropy(logits_BC, label_B, reduction="sum")
+        found.append(torch.cat([count_correct(logits_BC, label_B), loss[None]]))
+        num_images += len(label_B)
+    totals = torch.zeros(4, dtype=torch.float64)
+    totals[3] = num_images
+    if found:  # read once, and added in order: any other sum may differ in its last digit
+        for of_batch in torch.stack(found).cpu().double():
+            totals[:3] += of_batch
+    if distributed.world_size() > 1:
+        totals = distributed.all_reduce_sum(totals.to(device))
+    top1, top5, loss, count = totals.tolist()
     return Scores(100.0 * top1 / count, 100.0 * top5 / count, loss / count, int(count))

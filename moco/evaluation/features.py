@@ -13,6 +13,7 @@ from moco.data.augment import normalize
 from moco.errors import NonFiniteError
 from moco.training.progress import format_duration
 
+_BATCHES_UNREAD = 64  # on a GPU
 _QUIET_SECONDS = 30.0  # between lines about the rate
 _FIRST_SECONDS = 5.0  # before the first of them
 
@@ -90,22 +91,45 @@ def iterate_features(
     Args:
         encode: normalised images [B, 3, H, W] on `device` -> features [B, D].
     Yields: (features float32 [B, D] as they are, on `device`; labels int64 [B] on the CPU).
-    Raises: NonFiniteError where a feature is NaN or Inf.
+    Raises: NonFiniteError where a feature is NaN or Inf; on a GPU, which is not waited for in every
+        batch, up to 64 batches later and before the last one is done with.
     """
     _check_eval_mode(getattr(encode, "__self__", encode))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    num_images = 0
+    finite = _FiniteWatch(1 if torch.device(device).type == "cpu" else _BATCHES_UNREAD)
     for images_BCHW, label_B, _ in loader:
         with torch.inference_mode():
             images_BCHW = normalize(images_BCHW.to(device, non_blocking=True), mean, std)
             features_BD = encode(images_BCHW.contiguous(memory_format=memory_format)).float()
-            if not torch.isfinite(features_BD).all():
-                raise NonFiniteError(
-                    f"features of images {num_images} to {num_images + len(label_B) - 1} are not "
-                    "finite; the weights have diverged, use an earlier checkpoint"
-                )
-        num_images += len(label_B)
+            finite.add(features_BD)
         yield features_BD, label_B
+    finite.read()
+
+
+class _FiniteWatch:
+    """Whether features are finite, read from the device every `period` batches."""
+
+    def __init__(self, period: int):
+        self.period, self.num_images = period, 0
+        self.unread: list[tuple[int, int, torch.Tensor]] = []
+
+    def add(self, features_BD: torch.Tensor) -> None:
+        first, self.num_images = self.num_images, self.num_images + len(features_BD)
+        self.unread.append((first, self.num_images - 1, torch.isfinite(features_BD).all()))
+        if len(self.unread) == self.period:
+            self.read()
+
+    def read(self) -> None:
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        flags = torch.stack([flag for *_, flag in unread]).tolist()
+        for (first, last, _), is_finite in zip(unread, flags, strict=True):
+            if not is_finite:
+                raise NonFiniteError(
+                    f"features of images {first} to {last} are not finite; the weights have "
+                    "diverged, use an earlier checkpoint"
+                )
 
 
 def extract_features(

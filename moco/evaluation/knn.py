@@ -79,7 +79,12 @@ def sweep(
     Args:
         similarity_MK: of the neighbours, falling; label_MK: their classes. K is at least max(ks).
     """
-    correct = dict.fromkeys(((k, t) for k in ks for t in temperatures), 0)
+    if similarity_MK.device.type == "mps":  # has no float64
+        similarity_MK, label_MK, test_labels = (
+            tensor.cpu() for tensor in (similarity_MK, label_MK, test_labels)
+        )
+    pairs = [(k, t) for k in ks for t in temperatures]
+    correct = {pair: torch.zeros((), dtype=torch.int64, device=label_MK.device) for pair in pairs}
     for start in range(0, len(test_labels), chunk):
         rows = slice(start, start + chunk)
         similarity, label, own = similarity_MK[rows].double(), label_MK[rows], test_labels[rows]
@@ -92,5 +97,6 @@ def sweep(
                     len(own), num_classes, dtype=torch.int64, device=votes.device
                 ).scatter_add_(1, label[:, :k], votes[:, :k])
                 winner = sums.argmax(dim=1)  # the first of equal sums
-                correct[k, temperature] += int((winner == own).sum())
-    return {pair: 100.0 * count / len(test_labels) for pair, count in correct.items()}
+                correct[k, temperature] += (winner == own).sum()
+    counts = torch.stack(list(correct.values())).tolist()
+    return {p: 100.0 * n / len(test_labels) for p, n in zip(correct, counts, strict=True)}

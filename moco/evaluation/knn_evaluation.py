@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moco import distributed
+from moco.devices import out_of_memory_as_error, set_arithmetic
 from moco.distributed import ProcessInfo
 from moco.errors import ConfigError
 from moco.evaluation.features import encoder_function, feature_width
@@ -109,7 +110,11 @@ def evaluate_knn(
     )
     whole = len(train) * reader.width * dtype.itemsize
     say(plan_in_words(plan, whole))
-    search = find_neighbours(reader, train, test, k=k, dtype=dtype, say=say)
+    with out_of_memory_as_error(
+        lambda: f"kNN (rank {process.rank})",
+        lambda: "Lower --batch-size, or compare float16 features",
+    ):
+        search = find_neighbours(reader, train, test, k=k, dtype=dtype, say=say)
     labels, test_labels = (torch.tensor(source.labels) for source in (train, test))
     neighbour_labels = labels.to(process.device)[search.index_MK]
     accuracies = sweep(
@@ -138,6 +143,7 @@ def _feature_reader(
     encoder = weights.build_encoder(image_size=size, head=settings.features == "head")
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     encoder.to(process.device, memory_format=memory_format)
+    set_arithmetic(process.device)
     encode = encoder_function(encoder, settings.features, amp=settings.amp)
     mean, std = weights.pixel_statistics()
     return FeatureReader(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -18,6 +19,7 @@ from moco.data.images import ImageSource
 from moco.data.labelled import LabelledStream, build_labelled_loader, classification_recipe
 from moco.data.loader import build_eval_loader
 from moco.data.subset import SubsetSource, indices_from_list, stratified_indices
+from moco.devices import out_of_memory_as_error, set_arithmetic
 from moco.distributed import ProcessInfo
 from moco.errors import (
     CheckpointError,
@@ -40,6 +42,7 @@ from moco.evaluation.splits import find_splits, splits_in_words
 from moco.evaluation.weights import Pretrained, read_pretrained
 from moco.signals import caught_signals
 from moco.training import checkpoint as ckpt
+from moco.training.guard import Evidence, StepGuard, skips_updates
 from moco.training.progress import ConsoleProgress, EpochRecord, JsonLog, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.run_lock import RunLock
@@ -133,10 +136,16 @@ class LinearTrainer:
         self.base_rates = [cfg.TRAIN.LR]
         if cfg.FINETUNE.ENABLED:
             self.base_rates.insert(0, cfg.FINETUNE.BACKBONE_LR)
+        set_arithmetic(process.device)
         self.optimizer = torch.optim.SGD(
             self.classifier.parameter_groups(cfg.TRAIN.LR, cfg.FINETUNE.BACKBONE_LR),
             momentum=cfg.TRAIN.SGD_MOMENTUM,
             weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+            # On a GPU it leaves out an update by itself, so that no step waits for the GPU.
+            fused=process.device.type == "cuda" or None,
+        )
+        self.guard = StepGuard(
+            process, self._not_finite, delayed=skips_updates(self.optimizer, process)
         )
         self.progress, self.saved_step = linear_state.Progress(), -1
         if checkpoint is not None:
@@ -154,8 +163,13 @@ class LinearTrainer:
 
         Returns: None when finished, else the signal's number.
         """
-        with caught_signals() as received, dead_worker_as_data_error(
-            "DATA.NUM_WORKERS", workers.doing
+        with (
+            caught_signals() as received,
+            dead_worker_as_data_error("DATA.NUM_WORKERS", workers.doing),
+            out_of_memory_as_error(
+                lambda: f"step {self.progress.step} (rank {self.process.rank})",
+                lambda: "Lower TRAIN.BATCH_SIZE or EVAL.BATCH_SIZE, or set TRAIN.AMP True",
+            ),
         ):
             stopped = self._run(observers, received)
         return (received or [15])[0] if stopped else None
@@ -167,10 +181,12 @@ class LinearTrainer:
         for batch in self._train_loader():
             epoch = progress.step // self.steps_per_epoch
             rates = [learning_rate(rate, epoch, cfg.TRAIN) for rate in self.base_rates]
-            result = self._step(batch, rates, stop_requested=bool(received))
+            is_logged = (progress.step + 1) % cfg.LOG.PERIOD == 0
+            is_logged |= progress.step + 1 == self.total_steps
+            result = self._step(batch, rates, stop_requested=bool(received), wait=is_logged)
             progress.step += 1
             progress.seconds = before + time.monotonic() - started
-            if progress.step % cfg.LOG.PERIOD == 0 or progress.step == self.total_steps:
+            if is_logged:
                 steps_per_s = (progress.step - done) / (time.monotonic() - since)
                 record = self._step_record(epoch, rates[-1], result, steps_per_s)
                 for observer in observers:
@@ -179,35 +195,40 @@ class LinearTrainer:
             if progress.step % self.steps_per_epoch == 0:
                 self._end_epoch(epoch, rates[-1], observers)
                 since, done = time.monotonic(), progress.step
-            if result.stop and progress.step < self.total_steps:
+            if self.guard.stop_requested and progress.step < self.total_steps:
                 if self.saved_step != progress.step:
                     self._save(f"checkpoint_step_{progress.step}")
                 return True
         progress.seconds = before + time.monotonic() - started
         return False
 
-    def _step(self, batch, rates: list[float], *, stop_requested: bool) -> StepResult:
-        """One update; the rates are those of the optimizer's groups."""
+    def _step(self, batch, rates: list[float], *, stop_requested: bool, wait: bool) -> StepResult:
+        """One update; the rates are those of the optimizer's groups. `wait`: as of `StepGuard`."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         images, labels = (t.to(self.process.device, non_blocking=True) for t in batch[:2])
         num_own, num_global = self.stream.num_images_of(self.progress.step)
-        result = classify_step(
+
+        def settle(loss: torch.Tensor) -> torch.Tensor | None:
+            evidence = Evidence(self.progress.step, rates[-1], loss, None, labels, lambda: None)
+            return self.guard.check(evidence, None, stop=stop_requested, wait=wait)
+
+        return classify_step(
             self.classifier,
             self.optimizer,
             normalize(images, *self.pixels),
             labels,
             num_own=num_own,
             num_global=num_global,
-            stop_requested=stop_requested,
+            settle=settle,
         )
-        if not result.finite:
-            raise NonFiniteError(
-                f"step {self.progress.step}: the loss is not finite (rank {self.process.rank}: "
-                f"loss={result.loss.item()}, lr={rates[-1]:.6g}); nothing was updated with it. "
-                "Lower TRAIN.LR, or look at the weights"
-            )
-        return result
+
+    def _not_finite(self, evidence: Evidence, named: frozenset[str]) -> NoReturn:
+        raise NonFiniteError(
+            f"step {evidence.step}: the loss is not finite (rank {self.process.rank}: "
+            f"loss={evidence.loss.item()}, lr={evidence.lr:.6g}); nothing was updated with it. "
+            "Lower TRAIN.LR, or look at the weights"
+        )
 
     def _step_record(self, epoch, lr, result, steps_per_s) -> StepRecord:
         return StepRecord(
@@ -224,6 +245,7 @@ class LinearTrainer:
 
     def _end_epoch(self, epoch: int, lr: float, observers: Sequence[Observer]) -> None:
         """Evaluate and save after a whole epoch."""
+        self.guard.settle()
         last, metrics = self.progress.step == self.total_steps, {}
         if (epoch + 1) % self.cfg.EVAL.PERIOD == 0 or last:
             scores = score(
@@ -238,6 +260,7 @@ class LinearTrainer:
 
     def _save(self, name: str) -> None:
         """Rank 0 writes the state, after all ranks were found equal."""
+        self.guard.settle()
         self.saved_step = self.progress.step
         encoder = self.classifier.encoder
         distributed.check_equal_across_ranks(

@@ -63,6 +63,10 @@ class NeighbourSearch:
         for start in range(0, len(self.test_MD), self.chunk):
             rows = slice(start, start + self.chunk)
             similarity = self.test_MD[rows].float() @ block_ND.T
+            if similarity.device.type != "cpu":  # asking how many would wait for the device
+                best, index = stable_topk(similarity, min(self.k, len(block_ND)))
+                self._merge(rows, best, index + first)
+                continue
             # Only what is above the k-th so far can enter, since of equals the earlier stays. After
             # the first blocks that is little, and a search for few is much faster.
             entering = int((similarity > self.similarity_MK[rows, -1:]).sum(dim=1).max())
@@ -95,8 +99,11 @@ class NeighbourSearch:
 def stable_topk(values_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of each row, falling, and their columns; of equal values the first columns.
 
-    torch.topk leaves open which of equal values it takes, and their order.
+    torch.topk leaves open which of equal values it takes, and their order. On a CPU these are
+    looked for afterwards; a GPU, which would have to be waited for, gets values that differ.
     """
+    if values_BN.device.type != "cpu" and values_BN.dtype == torch.float32:
+        return _topk_of_keys(values_BN, k)
     best, index = values_BN.topk(k, dim=1)
     crowded = (values_BN >= best[:, -1:]).sum(dim=1) > k  # equal values on both sides of the cut
     if crowded.any():
@@ -105,6 +112,16 @@ def stable_topk(values_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     index, order = index.sort(dim=1)
     best, falling = best.gather(1, order).sort(dim=1, descending=True, stable=True)
     return best, index.gather(1, falling)
+
+
+def _topk_of_keys(values_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`stable_topk` of float32 without NaN, by whole numbers that order value and then column."""
+    bits = (values_BN + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    columns = torch.arange(values_BN.shape[1], device=values_BN.device)
+    keys_BN = (rising << 32) + (0xFFFFFFFF - columns)
+    index = 0xFFFFFFFF - (keys_BN.topk(k, dim=1).values & 0xFFFFFFFF)
+    return values_BN.gather(1, index), index
 
 
 def memory_plan(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moco.cfgnode import CfgNode
 from moco.contrast.figures import contrast_figures
 from moco.contrast.info_nce import in_batch_logits, nt_xent_logits, unit_vectors
+from moco.devices import send
 from moco.distributed import all_gather_with_gradient, batch_shuffle, rank, world_size
 from moco.errors import ConfigError
 from moco.methods.base import Method, StepOutput
@@ -80,7 +81,7 @@ class EndToEnd(Method):
         """Keys of all processes [N, D] in the order of the images, with gradient."""
         encoder = self.encoder_q if self.encoder_k is None else self.encoder_k
         k_BD = unit_vectors(encoder(batch_shuffle(view_k_BCHW, permutation)))
-        inverse = torch.argsort(permutation).to(k_BD.device)
+        inverse = send(torch.argsort(permutation), k_BD.device)
         return all_gather_with_gradient(k_BD)[inverse]
 
     def count_negatives(self, global_batch: int) -> int:

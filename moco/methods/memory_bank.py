@@ -12,6 +12,7 @@ from moco.cfgnode import CfgNode
 from moco.contrast.figures import contrast_figures
 from moco.contrast.info_nce import info_nce_loss, unit_vectors
 from moco.contrast.memory_bank import bank_logits, draw_negatives, initial_bank, update_bank_
+from moco.devices import send
 from moco.distributed import all_gather_cat
 from moco.errors import ConfigError
 from moco.methods.base import Method, StepOutput
@@ -62,9 +63,7 @@ class MemoryBank(Method):
     def prepare(self, view_q_BCHW, view_k_BCHW, *, momentum, generator, num_parts=1):
         """The numbers of the step's negatives [K], the same for all micro-batches."""
         negatives = draw_negatives(len(self.bank), self.num_negatives, generator)
-        if self.bank.is_cuda:
-            negatives = negatives.pin_memory()  # or the copy would wait for the GPU
-        return [negatives.to(self.bank.device, non_blocking=True)] * num_parts
+        return [send(negatives, self.bank.device)] * num_parts
 
     def contrast(self, view_q_BCHW, view_k_BCHW, index_B, part, measure) -> StepOutput:
         q_BD = unit_vectors(self.encoder_q(view_q_BCHW))

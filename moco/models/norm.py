@@ -111,15 +111,22 @@ def _memory_format(x_BCHW: torch.Tensor) -> torch.memory_format:
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all processes, for [B, C] and [B, C, H, W].
 
-    torch's SyncBatchNorm runs on GPUs only; this one runs wherever the process group does. All
+    On a CUDA GPU it is torch's, which has kernels for it; elsewhere the same statistics by ordinary
+    operations. It does not derive from torch's: DistributedDataParallel refuses those on a CPU. All
     processes must hold equally many values. Alone, and in evaluation, it is plain batch norm.
     """
+
+    # What torch's forward asks of itself.
+    process_group = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         if x.dim() not in (2, 4):
             raise ValueError(f"SyncBatchNorm takes [B, C] or [B, C, H, W], got {list(x.shape)}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return nn.SyncBatchNorm.forward(self, x)
         if not self.training or world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)

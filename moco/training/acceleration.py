@@ -16,9 +16,11 @@ import torch.nn as nn
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
 from moco.kernels import choose, compiler
+from moco.training.loss_scale import LossScale
 
 _CPU_BF16 = ("amx_bf16", "avx512_bf16")  # flags of /proc/cpuinfo
 _LEAST_CAPABILITY = 8  # Ampere, the first with bfloat16 matrix units
+_FLOAT16_CAPABILITY = 7  # Volta, the first with float16's
 _ENCODERS = ("encoder_q", "encoder_k")
 
 
@@ -46,21 +48,27 @@ def resolve(cfg: CfgNode, device: torch.device) -> Acceleration:
     if cfg.TRAIN.REFERENCE:
         amp, last, compiled = (_Choice(v, "TRAIN.REFERENCE") for v in (False, False, "eager"))
     else:
-        amp = _decide(cfg, "AMP") or _choose_amp(device)
-        last = _decide(cfg, "CHANNELS_LAST") or _choose_channels_last(cfg)
+        amp = _decide(cfg, "AMP") or _choose_amp(cfg, device)
+        last = _decide(cfg, "CHANNELS_LAST") or _choose_channels_last(cfg, device)
         compiled = _decide(cfg, "COMPILE") or _choose_compile(cfg, device, last.value)
         _check_compile(cfg, device, last.value, compiled.value)
+        _check_dtype(cfg, device)
     out = cfg.clone()
     out.defrost()
     out.TRAIN.AMP, out.TRAIN.CHANNELS_LAST = amp.value, last.value
     out.TRAIN.COMPILE = compiled.value
     if cfg.TRAIN.REFERENCE:
         out.AUGMENT.BACKEND, out.AUGMENT.DECODE, out.AUGMENT.RESIDENT = "pil", "cpu", False
+        out.TRAIN.AMP_DTYPE, out.TRAIN.TF32 = "bfloat16", False
     out.freeze()
     text = (
-        f"step: {'bfloat16' if amp.value else 'float32'} ({amp.why}); channels "
+        f"step: {out.TRAIN.AMP_DTYPE if amp.value else 'float32'} ({amp.why}); channels "
         f"{'last' if last.value else 'first'} ({last.why}); {compiled.value} ({compiled.why})"
     )
+    if device.type == "cuda":
+        precision = "TF32" if out.TRAIN.TF32 else "full"
+        text += f"; float32 products in {precision} precision (TRAIN.TF32)"
+        text += _warning(out, device)
     return Acceleration(out, text)
 
 
@@ -82,6 +90,12 @@ def accelerate_(method: nn.Module, cfg: CfgNode) -> None:
                 encoder.compile()
 
 
+def build_loss_scale(cfg: CfgNode, device: torch.device) -> LossScale | None:
+    """What a resolved configuration's float16 needs; None for other types."""
+    scales = cfg.TRAIN.AMP and cfg.TRAIN.AMP_DTYPE == "float16"
+    return LossScale(device) if scales else None
+
+
 def cpu_bf16_flag(cpuinfo: str) -> str | None:
     """The flag, of the text of /proc/cpuinfo, that says bfloat16 products are done in hardware."""
     words = set(cpuinfo.split())
@@ -93,10 +107,14 @@ def _decide(cfg: CfgNode, key: str) -> _Choice | None:
     return None if value is None else _Choice(value, f"TRAIN.{key}")
 
 
-def _choose_amp(device: torch.device) -> _Choice:
+def _choose_amp(cfg: CfgNode, device: torch.device) -> _Choice:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return _Choice(major >= _LEAST_CAPABILITY, f"the GPU's capability is {major}.{minor}")
+        is_half = cfg.TRAIN.AMP_DTYPE == "float16"
+        least = _FLOAT16_CAPABILITY if is_half else _LEAST_CAPABILITY
+        return _Choice(major >= least, f"the GPU's capability is {major}.{minor}")
+    if device.type != "cpu":
+        return _Choice(False, f"lower precision was not tried on {device.type}")
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return _Choice(False, "this system does not say whether the CPU has bfloat16")
@@ -105,7 +123,10 @@ def _choose_amp(device: torch.device) -> _Choice:
     return _Choice(flag is not None, why)
 
 
-def _choose_channels_last(cfg: CfgNode) -> _Choice:
+def _choose_channels_last(cfg: CfgNode, device: torch.device) -> _Choice:
+    if device.type == "cuda" and cfg.MODEL.BN_SPLITS > 1:
+        # Channels last each layer's groups are copied out and back; channels first they are views.
+        return _Choice(False, f"MODEL.BN_SPLITS {cfg.MODEL.BN_SPLITS}: its groups are copied else")
     return _Choice(_is_resnet(cfg), cfg.MODEL.ARCH)
 
 
@@ -119,6 +140,28 @@ def _choose_compile(cfg: CfgNode, device: torch.device, channels_last: bool) -> 
     except ConfigError as error:
         return _Choice("eager", str(error))
     return _Choice("kernels", f"for this CPU, {origin}")
+
+
+def _check_dtype(cfg: CfgNode, device: torch.device) -> None:
+    if cfg.TRAIN.AMP_DTYPE == "float16" and device.type != "cuda":
+        raise ConfigError(
+            f"TRAIN.AMP_DTYPE is float16 on {device.type}; allowed: on a CUDA GPU, with the loss "
+            "scaled; set TRAIN.AMP_DTYPE bfloat16"
+        )
+
+
+def _warning(cfg: CfgNode, device: torch.device) -> str:
+    """About a GPU without bfloat16, for the end of the text; "" for others."""
+    capability = torch.cuda.get_device_capability(device)
+    if cfg.TRAIN.REFERENCE or capability[0] >= _LEAST_CAPABILITY:
+        return ""
+    if cfg.TRAIN.AMP and cfg.TRAIN.AMP_DTYPE == "float16":
+        return ""
+    what = "only emulates bfloat16, which is slow" if cfg.TRAIN.AMP else "has no bfloat16"
+    return (
+        f". warning: this GPU (capability {capability[0]}.{capability[1]}) {what}; "
+        "TRAIN.AMP_DTYPE float16 is what it is fast in"
+    )
 
 
 def _check_compile(cfg: CfgNode, device: torch.device, channels_last: bool, value: str) -> None:

@@ -56,11 +56,17 @@ class StepGuard:
         self._pending: _Pending | None = None
 
     def check(
-        self, evidence: Evidence, gradient_norm: torch.Tensor, *, stop: bool, wait: bool = False
+        self,
+        evidence: Evidence,
+        gradient_norm: torch.Tensor | None,
+        *,
+        stop: bool,
+        wait: bool = False,
     ) -> torch.Tensor | None:
         """Share what a step found, after its backward and before its update.
 
         Args:
+            gradient_norm: None where the loss says enough.
             stop: whether this process wants to stop; `stop_requested` becomes true on all of them,
                 at the same step, once it has been read.
             wait: read at once, also where `delayed`.

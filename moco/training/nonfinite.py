@@ -162,10 +162,14 @@ def not_finite_names(tensors: Mapping[str, object]) -> list[str]:
     }
     if not floats:
         return []
-    # One number each, read together; a sum is many times faster than isfinite, and as sure but
-    # for an overflow, so those it points at are looked at again.
-    sums = torch.stack([t.sum().double().cpu() for t in floats.values()])
-    suspects = zip(floats.items(), (~torch.isfinite(sums)).tolist(), strict=True)
+    # One number each, of a device read together; a sum is many times faster than isfinite, and as
+    # sure but for an overflow, so those it points at are looked at again. float16's sums overflow.
+    odd_of: dict[str, bool] = {}
+    for kind in {(t.device, t.dtype) for t in floats.values()}:
+        alike = {name: t for name, t in floats.items() if (t.device, t.dtype) == kind}
+        sums = torch.stack([t.sum() for t in alike.values()])
+        odd_of.update(zip(alike, (~torch.isfinite(sums)).tolist(), strict=True))
+    suspects = ((item, odd_of[item[0]]) for item in floats.items())
     return [name for (name, t), odd in suspects if odd and not torch.isfinite(t).all()]
 
 

@@ -139,7 +139,8 @@ def build_optimizer(cfg: CfgNode, method: torch.nn.Module) -> torch.optim.Optimi
     The key encoder's parameters are listed, as in the reference, so that optimizer states can be
     exchanged with it; they have no gradient and are never stepped.
     """
-    train, parameters, fused = cfg.TRAIN, method.parameters(), not cfg.TRAIN.REFERENCE
+    train, parameters = cfg.TRAIN, list(method.parameters())
+    fused = not train.REFERENCE and parameters[0].device.type in ("cpu", "cuda")
     options = {"lr": train.LR, "weight_decay": train.WEIGHT_DECAY}
     if train.OPTIMIZER == "adamw":
         optimizer = torch.optim.AdamW(parameters, **options, fused=fused or None)

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from moco.cfgnode import CfgNode
+from moco.devices import memory_of
 from moco.methods import Method, build_method
 from moco.training.batch import WHOLE_BATCH_WARNING, images_per_forward, sees_whole_batch
 
@@ -22,6 +23,10 @@ _BASE_BATCH = 256
 _BN_GROUP = 32  # of v1 and v2 on 8 GPUs
 _SMALL_BN_GROUP = 8
 _GIB = 2**30
+_LESS_MEMORY = (
+    "Raise TRAIN.ACCUMULATION_STEPS (the same batch in parts; see what --dry-run says of batch "
+    "norm), lower TRAIN.BATCH_SIZE, or start more processes"
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,16 @@ class Recipe:
         return "\n".join([*self.lines, *(f"warning: {w}" for w in self.warnings)])
 
 
-def resolve_recipe(cfg: CfgNode, *, num_images: int, world_size: int) -> Recipe:
+def resolve_recipe(
+    cfg: CfgNode, *, num_images: int, world_size: int, device_memory: int | None = None
+) -> Recipe:
     """Work out batch, rate, schedule, batch-norm groups, negatives and memory.
 
     Args:
         cfg: a pretraining configuration whose batch divides among the processes and whose
             BN_SPLITS divide a process's images (`Trainer` refuses others).
         num_images: of the data set; world_size: processes, one a GPU.
+        device_memory: bytes of a process's GPU, to set beside the estimate.
     """
     train = cfg.TRAIN
     per_process, parts = train.BATCH_SIZE // world_size, train.ACCUMULATION_STEPS
@@ -81,10 +89,27 @@ def resolve_recipe(cfg: CfgNode, *, num_images: int, world_size: int) -> Recipe:
         f"{_BASE_LR[train.OPTIMIZER]:g} x batch / {_BASE_BATCH}, gives {linear_lr(cfg):g}",
         f"batch norm: {_norm_in_words(cfg, world_size)}",
         f"negatives: {_negatives_in_words(cfg, method, num_images)}",
-        f"memory of a process, estimated: {memory.total / _GIB:.2f} GiB; "
+        f"memory of a process, estimated: {memory.total / _GIB:.2f} GiB"
+        + (f" of the GPU's {device_memory / _GIB:.2f}; " if device_memory else "; ")
         + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in vars(memory).items()),
     )
-    return Recipe(lines, tuple(_warnings(cfg, method, num_images, world_size)), memory)
+    warnings = _warnings(cfg, method, num_images, world_size)
+    if device_memory and memory.total > device_memory:
+        warnings.append(f"the estimate is above the GPU's memory. {_LESS_MEMORY}")
+    return Recipe(lines, tuple(warnings), memory)
+
+
+def out_of_memory_remedy(
+    cfg: CfgNode, num_images: int, world_size: int, device: torch.device
+) -> str:
+    """The end of the message about a GPU whose memory was too small."""
+    total = memory_of(device)
+    recipe = resolve_recipe(cfg, num_images=num_images, world_size=world_size)
+    size = f", of the GPU's {total / _GIB:.2f}" if total else ""
+    return (
+        f"This run's estimate is {recipe.memory.total / _GIB:.2f} GiB a process{size}. "
+        f"{_LESS_MEMORY}, then start the same command with --resume"
+    )
 
 
 def linear_lr(cfg: CfgNode) -> float:

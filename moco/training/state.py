@@ -17,6 +17,7 @@ from moco.training import fit
 from moco.training.changes import Changes
 from moco.training.identity import WEIGHTS, RunIdentity, code_digest
 from moco.training.initial_weights import Start, is_record
+from moco.training.loss_scale import LossScale
 
 
 def save(
@@ -29,6 +30,7 @@ def save(
     identity: RunIdentity,
     changes: Changes | None = None,
     start: Start | None = None,
+    loss_scale: LossScale | None = None,
 ) -> None:
     """Write a checkpoint in the reference's layout, with what it lacks under `extra`.
 
@@ -51,6 +53,7 @@ def save(
             "code_digest": code_digest(),
             "changes": made,
             **weights,
+            **({"loss_scale": loss_scale.state()} if loss_scale is not None else {}),
         },
     }
     ckpt.save_checkpoint(
@@ -86,6 +89,7 @@ def restore(
     elastic: bool = False,
     changes: Changes | None = None,
     start: Start | None = None,
+    loss_scale: LossScale | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Load a checkpoint of ours or of the reference. Returns the number of finished steps.
@@ -94,6 +98,7 @@ def restore(
         elastic: allow another number of processes, see `RunIdentity.check`.
         changes: which keys may differ; receives those that do.
         start: receives what the run's encoders started from.
+        loss_scale: receives the file's; one that begins is left where another run is continued.
         say: receives a line for what differs and is allowed to.
     Raises: CheckpointError where names, shapes, configuration, data or world size differ.
     """
@@ -127,6 +132,8 @@ def restore(
     if type(counted) is not int or counted < 0:
         raise CheckpointError(f"{path}: 'epoch' or 'step' is {counted!r}; 0 or more is needed")
     fit.check_optimizer(path, content["optimizer"], optimizer, has_stepped=counted > 0)
+    if loss_scale is not None and extra is not None and "loss_scale" in extra:
+        loss_scale.load(extra["loss_scale"], path)
     method.load_state_dict(state)
     # Decay, momentum and the like are the configuration's, not the file's, as they may be changed.
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

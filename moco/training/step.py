@@ -17,6 +17,7 @@ from moco.kernels.gradient_norm import total_norm
 from moco.methods import Method, StepOutput
 from moco.seeding import torch_generator
 from moco.training.guard import Evidence, StepGuard
+from moco.training.loss_scale import LossScale
 from moco.training.nonfinite import NonFiniteReport
 
 Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,6 +43,7 @@ def train_step(
     cfg: CfgNode,
     process: ProcessInfo,
     guard: StepGuard | None = None,
+    loss_scale: LossScale | None = None,
     stop_requested: bool = False,
     measure: bool = True,
 ) -> StepResult:
@@ -53,6 +55,8 @@ def train_step(
         step: number of the step, from 0; with the seed it determines the step's draws.
         lr, momentum: of the optimizer and of the key encoder in this step.
         guard: of the run; None makes one that reads this step's findings at once.
+        loss_scale: of the run, with TRAIN.AMP_DTYPE float16; without it the loss is not scaled.
+            The update of a step in which it overflows is left out; its keys are stored.
         stop_requested: whether this process received a signal; `guard` shares it with all others.
         measure: compute the metrics, and read the guard's findings at once.
     Raises: NonFiniteError on all processes, before any update, where one finds NaN or Inf.
@@ -69,7 +73,10 @@ def train_step(
             num_parts=cfg.TRAIN.ACCUMULATION_STEPS,
         )  # fmt: skip
     optimizer.zero_grad(set_to_none=True)
-    output = _accumulate(model, (view_q, view_k, index), parts, cfg, measure)
+    factor = None if loss_scale is None else loss_scale.factor
+    output = _accumulate(model, (view_q, view_k, index), parts, cfg, measure, factor=factor)
+    if loss_scale is not None:
+        loss_scale.unscale_([p.grad for p in method.parameters() if p.grad is not None])
     norm = gradient_norm(method)
 
     def redo() -> None:
@@ -78,12 +85,20 @@ def train_step(
         _accumulate(model, inputs, parts, cfg, measure=False, share=False)
 
     evidence = Evidence(step, lr, output.loss, output.keys_VBD, index, redo)
-    skip = guard.check(evidence, norm, stop=stop_requested, wait=measure)
+    overflow = None if loss_scale is None else loss_scale.overflows(norm)
+    judged = norm if overflow is None else torch.where(overflow, 0.0, norm)
+    skip = guard.check(evidence, judged, stop=stop_requested, wait=measure)
     # torch's fused optimizers leave out their update where this is 1, without a word to the host.
-    optimizer.found_inf = None if skip is None else skip.float()
+    left_out = [flag for flag in (skip, overflow) if flag is not None]
+    optimizer.found_inf = torch.stack(left_out).any().float() if left_out else None
     optimizer.step()
     method.after_step(output, index, skip)
     metrics = {**output.metrics, "gradient_norm": norm} if measure else {}
+    if loss_scale is not None:
+        loss_scale.update_(overflow)
+        if measure:  # the norm of a step that was left out as the largest number
+            metrics |= {"gradient_norm": norm.nan_to_num(torch.finfo(norm.dtype).max)}
+            metrics |= {"loss_scale": loss_scale.factor.clone()}
     return StepResult(output.loss, metrics)
 
 
@@ -102,12 +117,13 @@ def _accumulate(
     cfg: CfgNode,
     measure: bool,
     share: bool = True,
+    factor: torch.Tensor | None = None,
 ) -> StepOutput:
     """The mean of the micro-batches' losses, its gradient, shared with the last one's backward.
 
     Args:
         images: views and numbers of this process's images; parts: what `Method.prepare` gave.
-        share: whether processes average their gradients.
+        share: whether processes average their gradients. factor: on the gradients.
     """
     num_parts, outputs = len(parts), []
     micro_batches = zip(*(t.chunk(num_parts) for t in images), parts, strict=True)
@@ -116,7 +132,8 @@ def _accumulate(
         with model.no_sync() if alone and hasattr(model, "no_sync") else contextlib.nullcontext():
             with _autocast(cfg, view_q.device):
                 output = model(view_q, view_k, index, part=part, measure=measure)
-            (output.loss / num_parts).backward()
+            loss = output.loss / num_parts
+            (loss if factor is None else loss * factor).backward()
         output.loss = output.loss.detach()
         outputs.append(output)
     return _joined(outputs)
@@ -136,4 +153,5 @@ def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
 
 
 def _autocast(cfg: CfgNode, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.TRAIN.AMP)
+    dtype = getattr(torch, cfg.TRAIN.AMP_DTYPE)
+    return torch.autocast(device.type, dtype=dtype, enabled=cfg.TRAIN.AMP)

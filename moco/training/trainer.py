@@ -15,6 +15,7 @@ from moco.cfgnode import CfgNode
 from moco.data import workers
 from moco.data.images import ImageSource
 from moco.data.reading import num_retries
+from moco.devices import out_of_memory_as_error, set_arithmetic
 from moco.distributed import ProcessInfo
 from moco.errors import dead_worker_as_data_error
 from moco.lost_rank import lost_rank_as_error
@@ -33,6 +34,7 @@ from moco.training.nonfinite import NonFiniteReport, check_state_is_finite
 from moco.training.optimizer import build_optimizer
 from moco.training.prefetch import ahead_on_device
 from moco.training.progress import EpochRecord, Observer, StepRecord
+from moco.training.recipe import out_of_memory_remedy
 from moco.training.retention import Retention
 from moco.training.schedule import step_values
 from moco.training.shares import Shares
@@ -78,12 +80,15 @@ class Trainer:
         self.method: Method = build_method(cfg, len(source)).to(process.device)
         self.start = start_from_weights(cfg, self.method, say) if not checkpoint else Start()
         acceleration.accelerate_(self.method, cfg)
+        set_arithmetic(process.device, tf32=cfg.TRAIN.TF32)
         self.optimizer = build_optimizer(cfg, self.method)
+        self.loss_scale = acceleration.build_loss_scale(cfg, process.device)
         self.first_step, self.changes = 0, pretraining_changes(allow_change)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
-                elastic=elastic, changes=self.changes, start=self.start, say=say,
+                elastic=elastic, changes=self.changes, start=self.start,
+                loss_scale=self.loss_scale, say=say,
             )  # fmt: skip
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
         self.changes.say_unused(say)
@@ -125,6 +130,9 @@ class Trainer:
             caught_signals() as received,
             dead_worker_as_data_error("DATA.NUM_WORKERS", workers.doing),
             lost_rank_as_error(lambda: f"step {self.last_step}"),
+            out_of_memory_as_error(
+                lambda: f"step {self.last_step} (rank {self.process.rank})", self._memory_remedy
+            ),
         ):
             stopped = self._run(observers, received)
         if not stopped:
@@ -134,6 +142,12 @@ class Trainer:
             "continue with the same command and --resume"
         )
         return 128 + (received[0] if received else signal.SIGTERM)
+
+    def _memory_remedy(self) -> str:
+        process = self.process
+        return out_of_memory_remedy(
+            self.cfg, len(self.source), process.world_size, process.device
+        )
 
     def _run(self, observers, received) -> bool:
         cfg = self.cfg
@@ -154,7 +168,8 @@ class Trainer:
             result = train_step(
                 self.model, self.method, self.optimizer, batch,
                 step=step, lr=lr, momentum=momentum, cfg=cfg, process=self.process,
-                guard=self.guard, stop_requested=bool(received), measure=is_logged,
+                guard=self.guard, loss_scale=self.loss_scale, stop_requested=bool(received),
+                measure=is_logged,
             )  # fmt: skip
             self.last_step = step + 1
             if step == self.first_step and cfg.TRAIN.COMPILE == "torch":
@@ -240,6 +255,6 @@ class Trainer:
         state.save(
             path, method=self.method, optimizer=self.optimizer, step=self.last_step,
             arch=self.cfg.MODEL.ARCH, identity=self.identity, changes=self.changes,
-            start=self.start,
+            start=self.start, loss_scale=self.loss_scale,
         )  # fmt: skip
         self.retention.prune(written=path)

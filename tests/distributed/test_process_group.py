@@ -128,7 +128,8 @@ def test_a_process_takes_the_gpu_of_its_local_rank(variables, monkeypatch):
     monkeypatch.setattr(distributed, "join_group", lambda *args: joined.append(args))
     process = distributed.setup_process("cuda", timeout_s=7)
     assert process == ProcessInfo(5, 8, 1, torch.device("cuda", 1))
-    assert (joined, chosen) == ([("nccl", 5, 8, 7)], [1])
+    # NCCL is told the GPU, and connects at once.
+    assert (joined, chosen) == ([("nccl", 5, 8, 7, torch.device("cuda", 1))], [1])
     variables(LOCAL_RANK="2")
     with pytest.raises(DistributedError, match="rank 5: local rank 2 needs 3 GPUs on this machine"):
         distributed.setup_process("cuda")

@@ -22,11 +22,13 @@ from detection.engines.embedded.faster_rcnn import GeneralizedRCNN, build_model
 from detection.engines.embedded.mask_head import encode_masks
 from detection.engines.embedded.precise_bn import update_bn_statistics
 from detection.engines.embedded.randomness import Randomness, build_randomness
+from detection.engines.embedded.rpn import RPN, wild_proposals
 from detection.engines.embedded.run_state import load_state, save_state
 from detection.engines.embedded.solver import build_optimizer, clip_gradients_, lr_at, set_lr
 from detection.engines.evaluations import PeriodicEvaluation
 from detection.engines.session import (
     StopFlag,
+    check_losses,
     gather_detections,
     is_complete,
     load_initial_weights,
@@ -42,8 +44,9 @@ from detection.engines.session import (
 )
 from moco import distributed
 from moco.cfgnode import CfgNode
+from moco.devices import out_of_memory_as_error
 from moco.distributed import ProcessInfo
-from moco.errors import NonFiniteError, dead_worker_as_data_error
+from moco.errors import dead_worker_as_data_error
 from moco.kernels.compiler import compile_kernels
 from moco.training.checkpoint import verify_manifest
 
@@ -85,7 +88,15 @@ class EmbeddedEngine:
         for note in filter(None, (compiled, amp_note(cfg, process.device))):
             say(run, note)
         if start < cfg.SOLVER.MAX_ITER:
-            with stop_on_signal() as stop, dead_worker_as_data_error(WORKERS_KEY):
+            with (
+                stop_on_signal() as stop,
+                dead_worker_as_data_error(WORKERS_KEY),
+                out_of_memory_as_error(
+                    lambda: f"detector training (rank {process.rank})",
+                    lambda: "Lower SOLVER.IMS_PER_BATCH with BASE_LR, or INPUT.MAX_SIZE_TRAIN, or "
+                    "set SOLVER.AMP.ENABLED True",
+                ),
+            ):
                 _train_iterations(run, model, optimizer, randomness, start, losses, stop)
         # Detectron2's hook order: precise statistics first, then the final checkpoint.
         _update_statistics(run, model, randomness)
@@ -136,9 +147,18 @@ def _predict(model: GeneralizedRCNN, run: Run, records: Sequence[dict]) -> Detec
 
 def _detect(model: GeneralizedRCNN, sample: dict, run: Run) -> tuple:
     """The entry of one test sample in `Detections`."""
-    with _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED):
+    with (
+        _autocast(run.process, enabled=run.cfg.TEST.AMP.ENABLED),
+        out_of_memory_as_error(
+            lambda: f"{sample['file_name']} (rank {run.process.rank})",
+            lambda: "Lower INPUT.MAX_SIZE_TEST, or set TEST.AMP.ENABLED True",
+        ),
+    ):
         found = model.inference([sample])[0]
-    detected = tuple(found[key].cpu().numpy() for key in ("boxes", "scores", "classes"))
+    # In one piece: each is read after all that the device was given before. Classes stay exact.
+    columns = found["boxes"], found["scores"][:, None], found["classes"][:, None].float()
+    rows = torch.cat(columns, dim=1).cpu()
+    detected = rows[:, :4].numpy(), rows[:, 4].numpy(), rows[:, 5].long().numpy()
     if run.cfg.MODEL.MASK_ON:
         size = sample["height"], sample["width"]
         detected += (encode_masks(found["mask_probs"], found["boxes"], *size),)
@@ -160,6 +180,7 @@ def _train_iterations(
     evaluation = PeriodicEvaluation(run, progress, start)
     forward = model if process.world_size == 1 else distributed.data_parallel(model, process)
     batches = randomness.training_batches(start)
+    model.proposal_generator.checked_later = True
 
     def save(path: Path, iteration: int, **fields: object) -> None:
         states, losses = randomness.states(), progress.recent_losses()
@@ -181,9 +202,13 @@ def _train_iterations(
             set_lr(optimizer, cfg, iteration)
             randomness.seed_step(iteration)
             with _autocast(process, enabled=solver.AMP.ENABLED):
-                losses, problem = _losses(forward, batch)
-            images = [sample["image_id"] for sample in batch]
-            stop_if_not_finite(problem, images, iteration, lr_at(cfg, iteration), process)
+                losses = forward(batch)
+            num_wild = model.proposal_generator.num_wild
+            is_bad, stopping = check_losses(losses, num_wild, stop, process)
+            if is_bad:
+                images = [sample["image_id"] for sample in batch]
+                problem = _problem(losses, model.proposal_generator)
+                stop_if_not_finite(problem, images, iteration, lr_at(cfg, iteration), process)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             clip_gradients_(optimizer, cfg)
@@ -193,10 +218,12 @@ def _train_iterations(
             # Detectron2's hook order: precise statistics, checkpoint, evaluation.
             if evaluation.due(iteration):
                 _update_statistics(run, model, randomness)
-            save_if_due(run, iteration, stop, partial(save, iteration=iteration))
+            at_end = partial(save, iteration=iteration)
+            save_if_due(run, iteration, stop, at_end, stopping=stopping)
             if evaluation.due(iteration):
                 evaluate(iteration)
     batches.close()
+    model.proposal_generator.checked_later = False
 
 
 def _predict_in_training(model: GeneralizedRCNN, run: Run) -> Detections:
@@ -211,13 +238,11 @@ def _autocast(process: ProcessInfo, *, enabled: bool) -> torch.autocast:
     return torch.autocast(process.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _losses(forward: nn.Module, batch: list[dict]) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The losses and, where they are not finite, what is wrong."""
-    try:
-        losses = forward(batch)
-    except NonFiniteError as error:
-        return {}, str(error)
-    return losses, loss_problem(losses)
+def _problem(losses: dict[str, torch.Tensor], rpn: RPN) -> str | None:
+    """What is not finite on this rank, in words."""
+    if rpn.num_wild:
+        return wild_proposals(int(rpn.num_wild), rpn.num_ranked)
+    return loss_problem(losses)
 
 
 def _resume(

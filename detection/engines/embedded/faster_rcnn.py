@@ -12,6 +12,7 @@ from detection.engines.embedded.resnet_c4 import ResNet, build_backbone
 from detection.engines.embedded.roi_heads import Detected, Res5ROIHeads, build_roi_heads
 from detection.engines.embedded.rpn import RPN, Sizes, build_rpn
 from moco.cfgnode import CfgNode
+from moco.devices import send
 
 
 class GeneralizedRCNN(nn.Module):
@@ -50,8 +51,8 @@ class GeneralizedRCNN(nn.Module):
         if not self.training:
             return self.inference(batch)
         device = self.pixel_mean.device
-        gt_boxes = [sample["gt_boxes"].to(device) for sample in batch]
-        gt_classes = [sample["gt_classes"].to(device) for sample in batch]
+        gt_boxes = [send(sample["gt_boxes"], device) for sample in batch]
+        gt_classes = [send(sample["gt_classes"], device) for sample in batch]
         gt_masks = None
         if self.roi_heads.mask_head is not None:
             gt_masks = [sample["gt_masks"] for sample in batch]
@@ -79,7 +80,7 @@ class GeneralizedRCNN(nn.Module):
     def preprocess(self, batch: list[dict]) -> tuple[torch.Tensor, Sizes]:
         """Normalised images [B, C, max H, max W], zero beyond each image, and their sizes."""
         images = [
-            (sample["image"].to(self.pixel_mean.device) - self.pixel_mean) / self.pixel_std
+            (send(sample["image"], self.pixel_mean.device) - self.pixel_mean) / self.pixel_std
             for sample in batch
         ]
         sizes = [tuple(image.shape[-2:]) for image in images]
@@ -96,9 +97,9 @@ def _to_wanted_size(
 ) -> dict[str, torch.Tensor]:
     """Scale boxes from `size` to `wanted` (height, width), clip them, drop empty ones."""
     scale_y, scale_x = (new / old for new, old in zip(wanted, size, strict=True))
-    boxes = found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    boxes = clip_boxes_to_image(boxes, wanted)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    scales = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=found.boxes.dtype)
+    boxes = clip_boxes_to_image(found.boxes * send(scales, found.boxes.device), wanted)
+    keep = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
     kept = {"boxes": boxes[keep], "scores": found.scores[keep], "classes": found.classes[keep]}
     return kept if found.mask_probs is None else {**kept, "mask_probs": found.mask_probs[keep]}
 

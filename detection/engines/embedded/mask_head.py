@@ -17,9 +17,11 @@ from torchvision.ops import roi_align
 
 from detection.data.masks import Masks, encode_rle, rasterize_polygons
 from moco.cfgnode import CfgNode
+from moco.devices import send
 from moco.errors import ConfigError
 
 THRESHOLD = 0.5  # a pixel at or above it belongs to the object
+_PASTED_BYTES = 64 << 20  # masks of whole images that are read from the device at once
 _MIN_SIDE = 0.1  # pixels; keeps the scale of polygons in a thin box finite
 
 
@@ -91,17 +93,20 @@ def crop_masks(
         index_R: which of the masks each box is trained towards.
     Returns: bool [R, side, side] on the device of the boxes.
     """
+    device = boxes_R4.device
     if len(index_R) == 0:
-        return torch.zeros(0, side, side, dtype=torch.bool, device=boxes_R4.device)
+        return torch.zeros(0, side, side, dtype=torch.bool, device=device)
+    rois = torch.cat([index_R[:, None].to(boxes_R4.dtype), boxes_R4], dim=1)
     if isinstance(masks, torch.Tensor):
-        rois = torch.cat([index_R[:, None].to(boxes_R4.dtype), boxes_R4], dim=1)
-        soft = masks[:, None].to(boxes_R4.device, torch.float32)
+        soft = send(masks[:, None], device).float()
         return roi_align(soft, rois, side, 1.0, 0, aligned=True)[:, 0] >= THRESHOLD
-    pairs = zip(index_R.tolist(), boxes_R4.cpu().numpy(), strict=True)
-    crops = [torch.from_numpy(_crop_polygons(masks[index], box, side)) for index, box in pairs]
+    crops = [
+        torch.from_numpy(_crop_polygons(masks[int(roi[0])], roi[1:], side))
+        for roi in rois.cpu().numpy()  # polygons are drawn on the CPU; one wait for both
+    ]
     # Stacked by torch into rows: numpy would keep COCO's order of columns, and a sum over pixels
     # in another order differs in its last bit.
-    return torch.stack(crops).to(boxes_R4.device)
+    return send(torch.stack(crops), device)
 
 
 def _crop_polygons(polygons: list[np.ndarray], box: np.ndarray, side: int) -> np.ndarray:
@@ -120,13 +125,17 @@ def paste_mask(
     height: int,
     width: int,
     threshold: float = THRESHOLD,
+    corners: list[float] | None = None,
 ) -> torch.Tensor:
     """Stretch one mask over its box [4] in an image: bool [height, width].
 
     Pixels are sampled at their centres, bilinearly, with nothing beyond the mask.
+
+    Args:
+        corners: the box as numbers, where they were read already.
     """
     x0, y0, x1, y1 = box
-    left, top, right, bottom = box.tolist()
+    left, top, right, bottom = box.tolist() if corners is None else corners
     # Only the part around the box is sampled; all else stays false.
     left, top = max(math.floor(left) - 1, 0), max(math.floor(top) - 1, 0)
     right, bottom = min(math.ceil(right) + 1, width), min(math.ceil(bottom) + 1, height)
@@ -148,11 +157,16 @@ def encode_masks(
     Args:
         boxes_N4: in pixels of the wanted image.
     """
-    # One after another: 100 masks of a large photograph are more than a gigabyte.
-    encoded = []
-    for probabilities_MM, box in zip(probabilities_NMM, boxes_N4, strict=True):
-        mask = paste_mask(probabilities_MM, box, height, width)
-        encoded += encode_rle(mask[None].cpu().numpy())
+    # Some at a time: 100 masks of a large photograph are more than a gigabyte.
+    encoded, together = [], max(1, _PASTED_BYTES // (height * width))
+    corners = boxes_N4.tolist()
+    for first in range(0, len(corners), together):
+        rows = range(first, min(first + together, len(corners)))
+        pasted = [
+            paste_mask(probabilities_NMM[n], boxes_N4[n], height, width, corners=corners[n])
+            for n in rows
+        ]
+        encoded += encode_rle(torch.stack(pasted).cpu().numpy())
     return encoded
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import RoIAlign, batched_nms, clip_boxes_to_image
 
 from detection.data.masks import Masks
+from detection.engines.embedded.boxes import BoxCoder, Matcher, count_true, true_indices
 from detection.engines.embedded.losses import smooth_l1_loss
 from detection.engines.embedded.mask_head import MaskHead, build_mask_head, crop_masks, mask_loss
 from detection.engines.embedded.norm import build_norm
@@ -142,8 +142,9 @@ class BoxPredictor(nn.Module):
 
     def _detect_one(self, boxes: torch.Tensor, scores: torch.Tensor, size) -> Detected:
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+        finite = torch.where(finite)[0]
         boxes = clip_boxes_to_image(boxes[finite].unflatten(1, (-1, 4)), size)
-        scores = scores[finite, :-1]
+        scores = scores[finite][:, :-1]
         region_index, classes = torch.where(scores > self.score_threshold)
         boxes = boxes[region_index, 0 if self.class_agnostic else classes]
         scores = scores[region_index, classes]
@@ -192,10 +193,8 @@ class Res5ROIHeads(nn.Module):
         """res5's output for the boxes [R_i, 4] of each image, of all images in one batch."""
         # The pooler's rows are (image, x0, y0, x1, y1). It stays float32 under autocast, which
         # casts inside the op: box coordinates do not fit into half precision.
-        image_index = torch.repeat_interleave(
-            torch.tensor([len(b) for b in boxes], device=features_BCHW.device)
-        )
-        rois = torch.cat([image_index[:, None].float(), torch.cat(boxes)], dim=1)
+        image_index = [torch.full_like(b[:, :1], number) for number, b in enumerate(boxes)]
+        rois = torch.cat([torch.cat(image_index).float(), torch.cat(boxes)], dim=1)
         return self.res5(self.pooler(features_BCHW, rois))
 
     def predict(
@@ -228,8 +227,10 @@ class Res5ROIHeads(nn.Module):
         self, regions_RCHW: torch.Tensor, regions: list[Regions], gt_masks: list[Masks]
     ) -> torch.Tensor:
         """The mask head's loss on the foreground among the sampled regions."""
-        foreground = [r.classes < self.box_predictor.num_classes for r in regions]
-        logits = self.mask_head(regions_RCHW[torch.cat(foreground)])
+        flags = [r.classes < self.box_predictor.num_classes for r in regions]
+        counts = count_true(flags)
+        foreground = [true_indices(*pair) for pair in zip(flags, counts, strict=True)]
+        logits = self.mask_head(regions_RCHW[true_indices(torch.cat(flags), sum(counts))])
         targets = [
             crop_masks(masks, r.gt_index[keep], r.boxes[keep], side=logits.shape[-1])
             for masks, r, keep in zip(gt_masks, regions, foreground, strict=True)

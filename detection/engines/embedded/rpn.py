@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import nms as torchvision_nms
 
 from detection.engines.embedded.anchors import AnchorGrid
+from detection.engines.embedded.boxes import BoxCoder, Matcher, count_true, true_indices
 from detection.engines.embedded.losses import smooth_l1_loss
 from detection.engines.embedded.resnet_c4 import STRIDE, channels
 from moco.cfgnode import CfgNode
@@ -52,9 +53,17 @@ class RPN(nn.Module):
             part of them is foreground.
         pre_nms_topk, post_nms_topk: (in training, in test).
         min_box_size: sides must be longer than this, in pixels.
+
+    Attributes:
+        checked_later: whether who trains looks at `num_wild`, how many of the `num_ranked`
+            proposals of the last images are NaN or Inf, together with the losses; else `propose`
+            does, and raises.
     """
 
     compiled = False
+    checked_later = False
+    num_wild: torch.Tensor | None = None
+    num_ranked = 0
 
     def __init__(
         self,
@@ -97,7 +106,8 @@ class RPN(nn.Module):
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Proposals [P_i, 4] of each image, best first, and the losses ({} in test).
 
-        Raises: NonFiniteError in training, on every rank, where a proposal of one is NaN or Inf.
+        Raises: NonFiniteError in training, on every rank, where a proposal of one is NaN or Inf
+            and this is not `checked_later`.
         """
         logits, deltas = self.rpn_head(features_BCHW)
         anchors = self.anchor_generator(*features_BCHW.shape[-2:])
@@ -123,8 +133,7 @@ class RPN(nn.Module):
             self.positive_fraction,
         )
         labels = torch.full_like(matches, -1)
-        labels[foreground] = 1
-        labels[background] = 0
+        labels.index_fill_(0, foreground, 1).index_fill_(0, background, 0)
         return labels, targets
 
     def losses(
@@ -139,18 +148,18 @@ class RPN(nn.Module):
         The divisor is the same where fewer anchors were sampled.
         """
         labelled = [self.label_anchors(anchors, boxes) for boxes in gt_boxes]
-        labels = torch.stack([labels_A for labels_A, _ in labelled])
-        targets = torch.stack([targets_A4 for _, targets_A4 in labelled])
-        image_index, anchor_index = torch.where(labels == 1)
+        labels = torch.cat([labels_A for labels_A, _ in labelled])
+        targets = torch.cat([targets_A4 for _, targets_A4 in labelled])
+        flags = labels == 1, labels >= 0
+        foreground, sampled = map(true_indices, flags, count_true(flags))
         wanted = self.box_coder.encode_single(
-            targets[image_index, anchor_index], anchors[anchor_index]
+            targets[foreground], anchors[foreground % len(anchors)]
         )
-        sampled = labels >= 0
         objectness = F.binary_cross_entropy_with_logits(
-            logits[sampled], labels[sampled].float(), reduction="sum"
+            logits.flatten()[sampled], labels[sampled].float(), reduction="sum"
         )
         location = smooth_l1_loss(
-            deltas[image_index, anchor_index], wanted, beta=self.smooth_l1_beta, reduction="sum"
+            deltas.flatten(0, 1)[foreground], wanted, beta=self.smooth_l1_beta, reduction="sum"
         )
         divisor = self.num_sampled * len(gt_boxes)
         return {
@@ -174,20 +183,20 @@ class RPN(nn.Module):
         boxes = self.box_coder.decode_single(deltas.flatten(0, 1), anchors[ranked.flatten()])
         boxes = boxes.view(-1, num_ranked, 4)
         finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
-        # All ranks stop here together: one that went on would wait in a synchronised norm.
-        if self.training and any_rank(not bool(finite.all()), finite.device):
-            raise NonFiniteError(
-                f"RPN: {int((~finite).sum())} of {finite.numel()} proposals of this rank are NaN "
-                "or Inf; finite ones on every rank are needed to train; lower SOLVER.BASE_LR or "
-                "check the images"
-            )
+        if self.training:
+            self.num_wild, self.num_ranked = (~finite).sum(), finite.numel()
+            # All ranks stop together: one that went on would wait in a synchronised norm.
+            if not self.checked_later and any_rank(bool(self.num_wild), finite.device):
+                raise NonFiniteError(wild_proposals(int(self.num_wild), finite.numel()))
+        clipped = [clip_boxes_to_image(*one) for one in zip(boxes, image_sizes, strict=True)]
+        large = [(b[:, 2:] - b[:, :2] > self.min_box_size).all(dim=1) for b in clipped]
+        usable = [one & of_image for one, of_image in zip(large, finite, strict=True)]
         proposals = []
-        for boxes_i, scores_i, finite_i, size in zip(
-            boxes, scores, finite, image_sizes, strict=True
+        for boxes_i, scores_i, usable_i, count in zip(
+            clipped, scores, usable, count_true(usable), strict=True
         ):
-            boxes_i = clip_boxes_to_image(boxes_i, size)
-            large = (boxes_i[:, 2:] - boxes_i[:, :2] > self.min_box_size).all(dim=1)
-            boxes_i, scores_i = boxes_i[finite_i & large], scores_i[finite_i & large]
+            kept = true_indices(usable_i, count)
+            boxes_i, scores_i = boxes_i[kept], scores_i[kept]
             proposals.append(boxes_i[self._suppress(boxes_i, scores_i, in_test)])
         return proposals
 
@@ -196,6 +205,8 @@ class RPN(nn.Module):
         most = self.post_nms_topk[in_test]
         if self.compiled:
             return nms(boxes, self.nms_threshold, most)
+        if boxes.is_cuda:  # the same, without a constant that has to be sent
+            return torchvision_nms(boxes, scores, self.nms_threshold)[:most]
         one_group = torch.zeros_like(scores, dtype=torch.int64)
         return batched_nms(boxes, scores, one_group, self.nms_threshold)[:most]
 
@@ -204,6 +215,14 @@ def overlaps(boxes_N4: torch.Tensor, others_M4: torch.Tensor) -> torch.Tensor:
     """Intersection over union [N, M]; 0 where both boxes have no area, as in Detectron2
     (structures/boxes.py, pairwise_iou), where torchvision's is NaN, which a matcher takes."""
     return torch.nan_to_num(box_iou(boxes_N4, others_M4), nan=0.0)
+
+
+def wild_proposals(num_wild: int, num: int) -> str:
+    """What is wrong where proposals of this rank are not finite."""
+    return (
+        f"RPN: {num_wild} of {num} proposals of this rank are NaN or Inf; finite ones on every "
+        "rank are needed to train; lower SOLVER.BASE_LR or check the images"
+    )
 
 
 def sample_balanced(
@@ -217,8 +236,8 @@ def sample_balanced(
     Args:
         foreground, background: [N] bool.
     """
-    foreground = torch.where(foreground)[0]
-    background = torch.where(background)[0]
+    flags = foreground, background
+    foreground, background = map(true_indices, flags, count_true(flags))
     num_foreground = min(len(foreground), int(num_sampled * positive_fraction))
     num_background = min(len(background), num_sampled - num_foreground)
     order = torch.randperm(len(foreground), device=foreground.device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.errors import ConfigError
 from moco.models.backbone import build_backbone
@@ -113,3 +114,29 @@ def test_ema_leaves_buffers_alone():
     query.running_mean.fill_(7.0)
     ema_update_(key, query, 0.5)
     assert key.running_mean.tolist() == [0.0, 0.0]
+
+
+def test_groups_of_channels_first_images_are_views():
+    """No copy of the images, forward or backward: on a GPU they are most of the time of a norm.
+    Channels last, the negative control, has them."""
+
+    class Copies(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.num = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name, out = func._schema.name, func(*args, **(kwargs or {}))
+            if name in ("aten::clone", "aten::copy_", "aten::_to_copy"):
+                self.num += out.numel() >= 8 * 6 * 4 * 4
+            return out
+
+    def num_copies(memory_format):
+        images = torch.randn(8, 6, 4, 4).contiguous(memory_format=memory_format).requires_grad_()
+        with Copies() as copies:
+            y = SplitBatchNorm2d(6, num_splits=2)(images)
+            y.backward(torch.ones_like(y))
+        return copies.num
+
+    assert num_copies(torch.contiguous_format) == 0
+    assert num_copies(torch.channels_last) >= 2

@@ -175,6 +175,9 @@ def test_keys_that_came_later_leave_older_runs_as_they_were():
         section, name = key.split(".")
         del older["config"][section][name]
     assert identity().check(PATH, older) == []
+    other = identity(TRAIN__TF32=True)
+    assert other.config_digest != identity().config_digest
+    assert other.differences(older) == {"TRAIN.TF32": (False, True)}
     used = identity(DATA__SIXTEEN_BIT_RANGE="(0, 4095)")
     assert used.config_digest != identity().config_digest
     with pytest.raises(CheckpointError, match=r"SIXTEEN_BIT_RANGE \[0, 65535\] -> \[0, 4095\]"):

@@ -16,7 +16,7 @@ from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError, ConfigError
 from moco.models.backbone import build_backbone
 from moco.training import checkpoint as ckpt
-from moco.training.changes import Changes
+from moco.training.changes import pretraining_changes
 from moco.training.trainer import Trainer
 
 LAST = "checkpoint_0002.pth.tar"
@@ -196,7 +196,7 @@ def test_another_file_is_another_run(image_folder, tmp_path, torchvisions):
         trainer(image_folder, tmp_path / "random", resume=True, MODEL__WEIGHTS=file,
                 TRAIN__EPOCHS=1)  # fmt: skip
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is read at the start of a run alone"):
-        Changes(["MODEL.WEIGHTS"])
+        pretraining_changes(["MODEL.WEIGHTS"])
 
 
 def test_a_run_folder_that_grew_is_the_same_start(image_folder, tmp_path):

@@ -23,11 +23,18 @@ from detection.data.shapes import make_shapes_dataset
 from detection.engines.base import Run, TrainingStopped
 from detection.engines.embedded import engine as engine_module
 from detection.engines.embedded.engine import EmbeddedEngine, amp_note
+from detection.engines.embedded.rpn import RPN
 from detection.engines.progress import MAX_LINES_OFF_TERMINAL, Progress
-from detection.engines.session import own_part
+from detection.engines.session import StopFlag, check_losses, loss_problem, own_part
 from moco import distributed
 from moco.distributed import ProcessInfo
-from moco.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from moco.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceMemoryError,
+    NonFiniteError,
+)
 from moco.kernels import compiler
 from moco.training.checkpoint import read_torch_file, save_checkpoint
 
@@ -194,16 +201,16 @@ def test_checkpoint_of_another_seed_is_refused(shapes, tmp_path):
 def test_non_finite_loss_stops_before_the_update(shapes, tmp_path, monkeypatch):
     calls = []
 
-    def broken(forward, batch):
+    def broken(model, batch):
         calls.append(batch)
+        losses = forward(model, batch)
         if len(calls) < 3:
-            return losses_of(forward, batch)
+            return losses
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self: pytest.fail("updated"))
-        nan = {name: loss * float("nan") for name, loss in forward(batch).items()}
-        return losses_of(lambda _: nan, batch)
+        return {name: loss * float("nan") for name, loss in losses.items()}
 
-    losses_of = engine_module._losses
-    monkeypatch.setattr(engine_module, "_losses", broken)
+    forward = engine_module.GeneralizedRCNN.forward
+    monkeypatch.setattr(engine_module.GeneralizedRCNN, "forward", broken)
     with pytest.raises(NonFiniteError) as caught:
         EmbeddedEngine().train(make_run(shapes, tmp_path))
     text = str(caught.value)
@@ -213,12 +220,29 @@ def test_non_finite_loss_stops_before_the_update(shapes, tmp_path, monkeypatch):
 
 
 def test_non_finite_losses_are_seen():
-    class Model(torch.nn.Module):
-        def forward(self, batch):
-            return {"loss_a": torch.tensor(batch[0]), "loss_b": torch.tensor(1.0)}
+    def found(loss, num_wild=0):
+        losses = {"loss_a": torch.tensor(loss), "loss_b": torch.tensor(1.0)}
+        stop = StopFlag(requested=loss == 2.0)
+        bad, stopping = check_losses(losses, torch.tensor(num_wild), stop, PROCESS)
+        return bad, stopping, loss_problem(losses)
 
-    assert engine_module._losses(Model(), [2.0])[1] is None
-    assert engine_module._losses(Model(), [float("inf")])[1] == "loss_a=inf, loss_b=1"
+    assert found(2.0) == (False, True, None)
+    assert found(3.0) == (False, False, None)
+    assert found(3.0, num_wild=1) == (True, False, None)
+    assert found(float("inf")) == (True, False, "loss_a=inf, loss_b=1")
+
+
+def test_proposals_that_are_not_finite_stop_training_too(shapes, tmp_path, monkeypatch):
+    def wild(self, *args):
+        proposals = propose(self, *args)
+        self.num_wild = self.num_wild + 7
+        return proposals
+
+    propose = RPN.propose
+    monkeypatch.setattr(RPN, "propose", wild)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: pytest.fail("updated"))
+    with pytest.raises(NonFiniteError, match=r"iteration 0: .* RPN: 7 of \d+ proposals of this"):
+        EmbeddedEngine().train(make_run(shapes, tmp_path))
 
 
 def test_diverging_run_ends_with_the_error(shapes, tmp_path):
@@ -385,3 +409,17 @@ def test_two_processes_by_kernels(shapes, tmp_path):
         for keys in (eager, KERNELS)
     )
     assert found == pytest.approx(expected, rel=1e-3) and found != expected
+
+
+def test_out_of_memory_is_one_line_with_what_to_lower(shapes, finished, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(engine_module.GeneralizedRCNN, "forward", fail)
+    monkeypatch.setattr(engine_module.GeneralizedRCNN, "inference", fail)
+    wanted = r"detector training \(rank 0\): CUDA out of memory. .* Lower SOLVER.IMS_PER_BATCH"
+    with pytest.raises(DeviceMemoryError, match=wanted):
+        EmbeddedEngine().train(make_run(shapes, tmp_path))
+    run = finished
+    with pytest.raises(DeviceMemoryError, match=r"jpg \(rank 0\): CUDA .* INPUT.MAX_SIZE_TEST"):
+        EmbeddedEngine().predict(run, run.data.test_records[:1])

@@ -1,0 +1,1 @@
+"""Stand-ins for machines that the tests do not have."""
