@@ -222,7 +222,7 @@ def test_non_finite_loss_stops_before_the_update(shapes, tmp_path, monkeypatch):
 def test_non_finite_losses_are_seen():
     def found(loss, num_wild=0):
         losses = {"loss_a": torch.tensor(loss), "loss_b": torch.tensor(1.0)}
-        stop = StopFlag(requested=loss == 2.0)
+        stop = StopFlag([15] if loss == 2.0 else [])
         bad, stopping = check_losses(losses, torch.tensor(num_wild), stop, PROCESS)
         return bad, stopping, loss_problem(losses)
 
