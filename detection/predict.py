@@ -7,6 +7,7 @@ data it was trained on may be gone.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,17 +124,23 @@ def _configured_names(cfg: CfgNode) -> tuple[str, ...] | None:
     return voc.VOC_CLASSES if of_voc else None
 
 
-def find_images(sources: Sequence[str | os.PathLike], output_dir: Path) -> list[Path]:
+def find_images(
+    sources: Sequence[str | os.PathLike], output_dir: Path, left_out: Counter | None = None
+) -> list[Path]:
     """The files named, and all images in the folders named and below, in order, each once.
 
     Nothing under `output_dir` is taken, which may lie in such a folder. A named file is kept
     whatever it is, so that it is reported later if it is no image.
+
+    Args:
+        left_out: counts the other files of folders by their suffix.
     Raises: DataError if there is none.
     """
     own = output_dir.resolve()
     found: dict[Path, None] = {}
     for source in map(Path, sources):
-        found.update(dict.fromkeys(_images_below(source, own) if source.is_dir() else [source]))
+        below = _images_below(source, own, left_out) if source.is_dir() else [source]
+        found.update(dict.fromkeys(below))
     if not found:
         raise DataError(
             f"{', '.join(map(str, sources))}: no image is there; allowed suffixes in a folder: "
@@ -142,14 +149,14 @@ def find_images(sources: Sequence[str | os.PathLike], output_dir: Path) -> list[
     return list(found)
 
 
-def _images_below(folder: Path, left_out: Path) -> Iterator[Path]:
+def _images_below(folder: Path, own: Path, left_out: Counter | None) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(n for n in folders if (Path(parent) / n).resolve() != left_out)
-        yield from (
-            Path(parent) / name
-            for name in sorted(files)
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        )
+        folders[:] = sorted(n for n in folders if (Path(parent) / n).resolve() != own)
+        for name in sorted(files):
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield Path(parent) / name
+            elif left_out is not None:
+                left_out[os.path.splitext(name)[1].lower() or name] += 1
 
 
 def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,12 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.threshold <= 1:
         raise ConfigError(f"--threshold {args.threshold}: allowed is 0 to 1")
     model = find_model(args.model, args.config_file)
-    images = find_images(args.images, args.output_dir)
+    left_out: Counter[str] = Counter()
+    images = find_images(args.images, args.output_dir, left_out)
     wants_cpu = args.device == "auto" and model.cfg.MODEL.DEVICE == "cpu"
     process = distributed.setup_process("cpu" if wants_cpu else args.device)
     engine, why = choose_engine(args.engine, model, process.device.type)
     print(f"engine: {engine.name} ({why}), {process.device}")
-    print(f"model: {model.weights}, {len(model.class_names)} classes; {len(images)} image(s)")
+    others = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(left_out.items()))
+    print(
+        f"model: {model.weights}, {len(model.class_names)} classes; {len(images)} image(s)"
+        + (f"; left out, as no image by their names: {others}" if others else "")
+    )
     progress = Progress(len(images))
     num_objects, failed = 0, []
     outcomes = predict_images(

@@ -40,8 +40,8 @@ class ImageSource:
     paths: tuple[str, ...]
     labels: tuple[int, ...] | None
     class_names: tuple[str, ...]
-    decoding: Decoding = DEFAULT_DECODING
-    left_out: dict[str, int] = field(default_factory=dict, compare=False)
+    decoding: Decoding = field(default=DEFAULT_DECODING, kw_only=True)
+    left_out: dict[str, int] = field(default_factory=dict, compare=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -110,8 +110,9 @@ def find_images(
                 f"{root}: holds images ({images[0]}, ...) beside the image folder {mixed!r}; "
                 "either class folders or a flat folder of images is allowed; move one of them away"
             )
-        return ImageSource(str(root), tuple(images), None, (), decoding, dict(left_out))
-    source = _read_class_folders(root, folders, left_out)
+        source = ImageSource(str(root), tuple(images), None, ())
+    else:
+        source = _read_class_folders(root, folders, left_out)
     return replace(source, decoding=decoding, left_out=dict(left_out))
 
 

@@ -99,6 +99,7 @@ def test_folder_by_the_command_line(trained, images, tmp_path, capsys):
     assert num_objects > 0
     printed = capsys.readouterr().out
     assert "auto: it trained the model" in printed and "3/3 images" in printed
+    assert "3 image(s); left out, as no image by their names: 1 x .txt\n" in printed
     assert f"{num_objects} objects with score >= 0.2 on 3 image(s)" in printed
 
 

@@ -11,12 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packs import pack_tool, refused, run, write_images
 from PIL import Image
 
 from moco.data import shard_writer
 from moco.data.images import find_images
+from moco.data.rgb import Decoding
 from moco.data.shard_index import INDEX_FILE
 from moco.errors import DataError
 
@@ -249,3 +251,26 @@ def test_webdataset_reads_our_shards(images, tmp_path):
     decoded = wds.WebDataset(shards[:1], shardshuffle=False).decode("pil")
     image, label = next(iter(decoded.to_tuple("png;jpg", "cls")))
     assert image.size == (40, 30) and label in (0, 1)
+
+
+def test_16_bits_are_kept_or_scaled_by_a_range_where_images_are_resized(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    twelve = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(twelve).save(tmp_path / "images/x.png")
+    (tmp_path / "images/notes.txt").write_text("x")
+    assert run(tmp_path / "images", tmp_path / "kept") == 0
+    assert "is in the index; left out: 1 x .txt file\n" in capsys.readouterr().out
+    kept = find_images(tmp_path / "kept", Decoding((0, 4095)))
+    assert (np.asarray(kept.open(0))[..., 0] == twelve >> 4).all()
+    words = ("--resize", 32, "--quality", 100)
+    assert run(tmp_path / "images", tmp_path / "a", *words) == 0
+    assert run(tmp_path / "images", tmp_path / "b", *words, "--sixteen-bit-range", 0, 4095) == 0
+    dark, scaled = (np.asarray(find_images(tmp_path / name).open(0)) for name in ("a", "b"))
+    assert dark.max() < 20 and scaled.max() > 240  # the first is the control
+    capsys.readouterr()
+    for given, message in (
+        (("--sixteen-bit-range", 0, 4095), "without --resize files keep their 16 bits"),
+        ((*words, "--sixteen-bit-range", 9, 9), "allowed is 0 <= BLACK < WHITE <= 65535"),
+        (("--max-image-pixels", 4095), "raise --max-image-pixels, now 4095"),
+    ):
+        assert refused(capsys, tmp_path / "images", tmp_path / "c", *given).count(message) == 1

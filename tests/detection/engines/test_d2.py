@@ -429,6 +429,7 @@ def test_detector_detects_as_predict(finished):
     [
         ({"MODEL__CHANNELS_LAST": True}, "MODEL.CHANNELS_LAST is True.*--engine embedded"),
         ({"TEST__AMP__ENABLED": True}, "TEST.AMP.ENABLED"),
+        ({"INPUT__SIXTEEN_BIT_RANGE": (0, 4095)}, "INPUT.SIXTEEN_BIT_RANGE.*--engine embedded"),
         ({"SOLVER__AMP__ENABLED": True}, "SOLVER.AMP.ENABLED.*GPU only"),
         ({"SOLVER__STEPS": (NUM_ITERATIONS,)}, "SOLVER: Detectron2 cannot build"),
     ],
