@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     engine, why = choose_engine(args.engine, model, process.device.type)
     print(f"engine: {engine.name} ({why}), {process.device}")
     print(f"model: {model.weights}, {len(model.class_names)} classes; {len(images)} image(s)")
+    if not model.names_itself:
+        names = ", ".join(model.class_names)
+        print(f"classes: the model does not name them; the configuration does, in order: {names}")
     progress = Progress(len(images))
     num_objects, failed = 0, []
     outcomes = predict_images(
