@@ -46,12 +46,15 @@ class Model:
     Attributes:
         cfg: its configuration; MODEL.WEIGHTS is `weights`.
         trained_by: the name of the engine, where it is known.
+        names_itself: whether the file, or what lies beside it, tells the class names; else the
+            configuration does.
     """
 
     weights: Path
     cfg: CfgNode
     class_names: tuple[str, ...]
     trained_by: str | None
+    names_itself: bool = True
 
 
 def find_model(source: str | os.PathLike, config_file: str | os.PathLike | None = None) -> Model:
@@ -77,7 +80,8 @@ def find_model(source: str | os.PathLike, config_file: str | os.PathLike | None 
         )
     path = str(beside if config_file is None else config_file)
     cfg = load_detection_config(path, ["MODEL.WEIGHTS", str(weights)])
-    return Model(weights, cfg, _class_names(weights, cfg, path), trained_by)
+    names, names_itself = _class_names(weights, cfg, path)
+    return Model(weights, cfg, names, trained_by, names_itself)
 
 
 def _what_to_give(source: Path) -> str:
@@ -89,10 +93,11 @@ def _what_to_give(source: Path) -> str:
     return f"give a trial's folder, or a model's file such as {FINAL_MODEL}"
 
 
-def _class_names(weights: Path, cfg: CfgNode, config_file: str) -> tuple[str, ...]:
+def _class_names(weights: Path, cfg: CfgNode, config_file: str) -> tuple[tuple[str, ...], bool]:
+    """(names, whether they are the weights' own)"""
     own, beside = read_weights_file(weights).class_names, read_class_names(weights.parent)
     names, where = own or beside, f"{weights} and what lies beside it"
-    configured = _configured_names(cfg)
+    configured, names_itself = _configured_names(cfg), names is not None
     if names is None:
         names, where = configured, config_file
     elif own and beside and own != beside:
@@ -113,7 +118,7 @@ def _class_names(weights: Path, cfg: CfgNode, config_file: str) -> tuple[str, ..
             f"{where}: {len(names)} class names, MODEL.ROI_HEADS.NUM_CLASSES is "
             f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; give the configuration of this model"
         )
-    return names
+    return names, names_itself
 
 
 def _configured_names(cfg: CfgNode) -> tuple[str, ...] | None:

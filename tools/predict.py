@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         f"model: {model.weights}, {len(model.class_names)} classes; {len(images)} image(s)"
         + (f"; left out, as no image by their names: {others}" if others else "")
     )
+    if not model.names_itself:
+        names = ", ".join(model.class_names)
+        print(f"classes: the model does not name them; the configuration does, in order: {names}")
     progress = Progress(len(images))
     num_objects, failed = 0, []
     outcomes = predict_images(

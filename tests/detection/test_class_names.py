@@ -25,6 +25,11 @@ def config(*overrides, weights="", names=CLASSES):
     return load_detection_config(None, [*keys, *overrides])
 
 
+def write_config(path, cfg):
+    path.write_text(dump_yaml(cfg))
+    return path
+
+
 def test_names_are_the_files_then_those_beside_it(tmp_path):
     named = write(tmp_path / "a.pth", class_names=["a", "b"])
     bare = write(tmp_path / "b.pth")
@@ -93,6 +98,9 @@ def test_predict_takes_the_files_names_and_refuses_others(tmp_path):
     path = tmp_path / "coco.yaml"
     path.write_text(dump_yaml(config("DATASETS.VOC_ROOT", "", "DATASETS.TRAIN", "('x',)")))
     assert find_model(weights, path).class_names == CLASSES
+    bare = find_model(write(tmp_path / "bare.pth"), write_config(path, config()))
+    assert bare.class_names == CLASSES and not bare.names_itself
+    assert find_model(weights, path).names_itself
     path.write_text(dump_yaml(config(names=CLASSES[::-1])))
     with pytest.raises(ConfigError, match=r"those of .*coco.yaml are \(square, circle\), in anoth"):
         find_model(weights, path)

@@ -168,6 +168,14 @@ def test_a_wrong_trial_is_one_clear_error(trained, tmp_path, change, error, word
     assert "\n" not in str(caught.value)
 
 
+def test_names_that_only_the_configuration_tells_are_said(trained, images, tmp_path, capsys):
+    weights = tmp_path / "model.pth"
+    shutil.copy(trained / "model_final.pth", weights)
+    words = (weights, images / "a.jpg", "--config-file", trained / "config.yaml")
+    assert call(*words, "--output-dir", tmp_path / "o") == 0
+    assert "the configuration does, in order: cat, dog, bird" in capsys.readouterr().out
+
+
 def test_the_folder_of_all_trials_is_not_one_trial(trained):
     with pytest.raises(CheckpointError, match=f"give one of them, e.g. {trained}"):
         find_model(trained.parent)
