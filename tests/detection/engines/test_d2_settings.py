@@ -17,7 +17,8 @@ def theirs():
         parent = get_key(node, ".".join(parents))
         del parent[last]
         if not parent:
-            del node[parents[0]][parents[1]]
+            *above, section = parents
+            del (get_key(node, ".".join(above)) if above else node)[section]
     node.MODEL.META_EXTRA = "its own"
     return node
 

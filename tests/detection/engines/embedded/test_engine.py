@@ -36,7 +36,7 @@ from moco.errors import (
     NonFiniteError,
 )
 from moco.kernels import compiler
-from moco.training.checkpoint import read_torch_file, save_checkpoint
+from moco.training.checkpoint import read_torch_file, save_checkpoint, verify_manifest
 
 PROCESS = ProcessInfo(0, 1, 0, torch.device("cpu"))
 NUM_ITERATIONS = 4
@@ -391,14 +391,18 @@ def _two_processes(root, output_dir, keys):
 
 def losses_of_two_processes(root, output_dir, keys):
     in_two_ranks(_two_processes, root, output_dir, keys)
-    with open(output_dir / "metrics.json") as file:
-        return [json.loads(line)["total_loss"] for line in file]
+    lines = (output_dir / "metrics.json").read_text().splitlines()
+    return [r["total_loss"] for r in map(json.loads, lines) if "total_loss" in r]
 
 
 def test_two_processes(shapes, finished, tmp_path):
-    losses = losses_of_two_processes(shapes, tmp_path, {})
+    losses = losses_of_two_processes(shapes, tmp_path, {"TEST__EVAL_PERIOD": 1})
     # Samplers differ by rank, the images do not.
     assert losses[0] == pytest.approx(records(finished)[0]["total_loss"], rel=0.1)
+    (evaluation,) = json.loads((tmp_path / "evaluations.json").read_text())
+    best = verify_manifest(tmp_path / "model_best.pth")
+    assert evaluation["iteration"] == best["iteration"] + 1 == 1
+    assert evaluation["AP"] == best["AP"]
 
 
 def test_two_processes_by_kernels(shapes, tmp_path):
