@@ -198,11 +198,7 @@ def _read_resnet(state: Mapping[str, torch.Tensor], where: str) -> ResNet:
         raise CheckpointError(
             f"{where}: 'conv1.weight' has shape {tuple(stem)}; allowed: 7x7, or 3x3 (CIFAR stem)"
         )
-    if stem[1] not in CHANNELS:
-        raise CheckpointError(
-            f"{where}: 'conv1.weight' takes images of {stem[1]} channels; allowed: "
-            f"{', '.join(map(str, CHANNELS))} (DATA.CHANNELS)"
-        )
+    _check_channels(stem[1], "conv1.weight", where)
     planes = middle[0]
     if is_bottleneck:
         planes = state["layer1.0.conv3.weight"].shape[0] // _EXPANSION
@@ -219,6 +215,7 @@ def _read_vit(
                 "class token and a position for each patch"
             )
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    _check_channels(channels, "patch_embed.proj.weight", where)
     num_patches = state["pos_embed"].shape[1] - 1
     side = round(max(num_patches, 0) ** 0.5)
     if side * side != num_patches or not side:
@@ -238,6 +235,14 @@ def _read_vit(
     name = arch if arch and arch.startswith("vit_") else _VITS.get((dim, depth))
     name = name or f"vit_{dim}x{depth}"
     return ViT(name, side * patch, patch, dim, depth, num_heads, channels)
+
+
+def _check_channels(channels: int, name: str, where: str) -> None:
+    if channels not in CHANNELS:
+        raise CheckpointError(
+            f"{where}: {name!r} takes images of {channels} channels; allowed: "
+            f"{', '.join(map(str, CHANNELS))} (DATA.CHANNELS)"
+        )
 
 
 def _has_dims(state: Mapping[str, torch.Tensor], name: str, dims: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import foreign_files
 import four_bands
 import linear_runs
 import pytest
@@ -19,6 +20,7 @@ from moco.evaluation.weights import read_pretrained
 from moco.reporting.pictures import nearest_neighbours, view_pairs
 from moco.training import checkpoint as ckpt
 from moco.training.export import export_backbone
+from moco.training.layouts import read_backbone
 from moco.training.trainer import Trainer
 
 LAST = "checkpoint_0002.pth.tar"
@@ -152,3 +154,12 @@ def test_linear_classification_and_whole_images(folders, finished, channels, tmp
     assert view.shape == (channels, 16, 16)
     with pytest.raises(ConfigError, match=rf"DATA.MEAN is .* for images of {channels} channels"):
         linear_runs.trainer(images, weights, tmp_path / "b", DATA__MEAN=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("build", [foreign_files.narrow_resnet, foreign_files.small_vit])
+def test_files_for_other_numbers_of_channels_are_refused(build):
+    state = build()
+    name = "conv1.weight" if "conv1.weight" in state else "patch_embed.proj.weight"
+    state[name] = torch.cat([state[name], state[name][:, :2]], dim=1)
+    with pytest.raises(CheckpointError, match=f"'{name}' takes images of 5 channels; allowed: 1,"):
+        read_backbone(state, "x")
