@@ -22,8 +22,8 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.training": {"moco.data", "moco.kernels", "moco.models", "moco.contrast", "moco.methods"},
     "moco.evaluation": {  # of training only what knows no method
         "moco.data", "moco.models", "moco.training.checkpoint", "moco.training.layouts",
-        "moco.training.progress", "moco.training.retention", "moco.training.run_lock",
-        "moco.training.signals",
+        "moco.training.optimizer", "moco.training.progress", "moco.training.retention",
+        "moco.training.run_lock", "moco.training.signals",
     },
     "moco.studies": {"moco.methods", "moco.training"},
     "moco.reporting": {"moco.data", "moco.studies", "moco.training"},

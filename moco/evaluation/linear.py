@@ -38,6 +38,7 @@ from moco.evaluation.results import RESULTS_FILE
 from moco.evaluation.splits import find_splits
 from moco.evaluation.weights import Pretrained, read_pretrained
 from moco.training import checkpoint as ckpt
+from moco.training.optimizer import keep_own_ways_
 from moco.training.progress import ConsoleProgress, EpochRecord, JsonLog, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.run_lock import RunLock
@@ -125,6 +126,7 @@ class LinearTrainer:
             momentum=cfg.TRAIN.SGD_MOMENTUM,
             weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         )
+        keep_own_ways_(self.optimizer)
         self.progress, self.saved_step = linear_state.Progress(), -1
         if checkpoint is not None:
             self.progress = linear_state.restore(

@@ -161,7 +161,7 @@ def pretrained_from(
         path=where,
         sha256=sha256,
         layout=found.layout,
-        backbone={name: tensor.contiguous() for name, tensor in found.state.items()},
+        backbone=found.state,
         head=head,
         options=_options(found.network, where),
         size=found.network.image_size if isinstance(found.network, ViT) else size,

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import torch
 
 from moco.errors import CheckpointError
-from moco.training.plain_content import odd_part
+from moco.training.plain_content import as_plain, odd_part
 
 EPOCH_FILE = re.compile(r"^checkpoint_(\d{4,})\.pth\.tar$")
 STEP_FILE = re.compile(r"^checkpoint_step_(\d+)\.pth\.tar$")
@@ -240,12 +240,12 @@ class _Sink:
 
 
 def save_checkpoint(path: str | os.PathLike, content: dict, **manifest_fields: object) -> None:
-    """Write a checkpoint atomically, then its manifest.
+    """Write a checkpoint atomically, then its manifest. Tensors are written as `as_plain` has them.
 
     Until both are there an older file of that name, with its manifest, either still verifies or,
     its manifest being of another hash, does not: a manifest never vouches for the wrong file.
     """
-    found = {}
+    found, content = {}, as_plain(content)
 
     def write(file: BinaryIO) -> None:
         sink = _Sink(file)

@@ -17,6 +17,7 @@ from moco.errors import CheckpointError
 from moco.training.layouts_file import find_source, read_weights
 from moco.training.layouts_network import COUNTER, HEAD, Network, ResNet, ViT, read_network
 from moco.training.layouts_table import LAYOUTS, SPELLINGS, WRAPPERS, Layout, Spelling
+from moco.training.plain_content import as_plain
 
 __all__ = [
     "COUNTER", "ENCODERS", "Backbone", "Network", "ResNet", "ViT", "find_source", "known_layouts",
@@ -36,7 +37,7 @@ class Backbone:
         layout, prefix: what the file is, and what the encoder's names in it begin with.
         encoder: "query" or "key".
         network: the architecture that the tensors are.
-        state: canonical name -> tensor as it is in the file, on the CPU.
+        state: canonical name -> tensor with the file's values, see `as_plain`.
         names: name in the file -> canonical name.
         dropped: reason -> names in the file. With `names` it covers the file.
         notes: lines worth printing.
@@ -107,7 +108,8 @@ def read_backbone(
             _check_tensor(name, canonical, value, where)
             if canonical in own:
                 raise CheckpointError(f"{where}: two tensors stand for {canonical}; it is damaged")
-            own[canonical], names[name] = value.detach(), canonical
+            # Laid out alike whoever wrote them: sums of a convolution depend on it in the last bit.
+            own[canonical], names[name] = as_plain(value.detach()), canonical
     notes = _average_splits_(own, found.spelling)
     arch, said_heads = _said_about(content, found, own)
     network = read_network(own, where, arch=arch, num_heads=num_heads or said_heads)

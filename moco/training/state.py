@@ -16,6 +16,7 @@ from moco.training import checkpoint as ckpt
 from moco.training import fit
 from moco.training.changes import Changes
 from moco.training.identity import RunIdentity, code_digest
+from moco.training.optimizer import plain_state
 
 
 def save(
@@ -37,7 +38,7 @@ def save(
         "epoch": step // identity.steps_per_epoch,
         "arch": arch,
         "state_dict": {f"module.{name}": t for name, t in method.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": plain_state(optimizer),
         "extra": {
             "step": step,
             "config": identity.config,

@@ -15,6 +15,7 @@ from detection.engines.base import Run
 from detection.engines.embedded.randomness import Randomness
 from detection.engines.run_files import read_state, write_state
 from moco.errors import CheckpointError
+from moco.training.optimizer import plain_state
 
 ENGINE = "embedded"
 
@@ -32,7 +33,7 @@ def save_state(
     Args:
         random_states: `Randomness.states()`, of all ranks.
     """
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    content = {"model": model.state_dict(), "optimizer": plain_state(optimizer)}
     if random_states is not None:
         content["random_states"] = random_states
     write_state(run, path, content, iteration=iteration, engine=ENGINE)
