@@ -189,6 +189,7 @@ def _read_resnet(state: Mapping[str, torch.Tensor], where: str) -> ResNet:
             f"{', '.join(map(str, DEPTHS))}"
         )
     stem = state["conv1.weight"].shape
+    _check_channels(stem, "conv1.weight", where)
     if stem[-1] not in _STEMS:
         raise CheckpointError(
             f"{where}: 'conv1.weight' has shape {tuple(stem)}; allowed: 7x7, or 3x3 (CIFAR stem)"
@@ -209,6 +210,7 @@ def _read_vit(
                 "class token and a position for each patch"
             )
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    _check_channels(state["patch_embed.proj.weight"].shape, "patch_embed.proj.weight", where)
     num_patches = state["pos_embed"].shape[1] - 1
     side = round(max(num_patches, 0) ** 0.5)
     if side * side != num_patches or not side:
@@ -227,6 +229,14 @@ def _read_vit(
         raise CheckpointError(f"{where}: this ViT holds no blocks; give an undamaged checkpoint")
     name = arch if arch and arch.startswith("vit_") else _VITS.get((dim, depth))
     return ViT(name or f"vit_{dim}x{depth}", side * patch, patch, dim, depth, num_heads)
+
+
+def _check_channels(shape: torch.Size, name: str, where: str) -> None:
+    if shape[1] != 3:
+        raise CheckpointError(
+            f"{where}: the first convolution, {name!r} of shape {tuple(shape)}, is for images of "
+            f"{shape[1]} channels; 3 are supported; give a network for colour images"
+        )
 
 
 def _has_dims(state: Mapping[str, torch.Tensor], name: str, dims: int) -> bool:
