@@ -25,6 +25,7 @@ from typing import BinaryIO
 import torch
 
 from moco.errors import CheckpointError
+from moco.training.pickle_outline import how_to_keep_tensors
 from moco.training.plain_content import as_plain, odd_part
 
 EPOCH_FILE = re.compile(r"^checkpoint_(\d{4,})\.pth\.tar$")
@@ -171,12 +172,11 @@ def step_in_manifest(path: str | os.PathLike) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def read_torch_file(path: str | os.PathLike, advice: str = "") -> object:
+def read_torch_file(path: str | os.PathLike) -> object:
     """`torch.load` on the CPU with `weights_only=True`: tensors and plain values, never code.
 
-    Args:
-        advice: ends the message about other objects: how to write a file without them.
-    Raises: CheckpointError for a file that is missing, damaged or holds other objects.
+    Raises: CheckpointError for a file that is missing, damaged or holds other objects; then it
+        says how to write one without them.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: there is no such file; give the path of a checkpoint file")
@@ -187,8 +187,8 @@ def read_torch_file(path: str | os.PathLike, advice: str = "") -> object:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             found = re.search(r"GLOBAL (\S+)", str(error))
             first = f" (first: {found.group(1)})" if found else ""
-            reason = f"it holds objects other than tensors and plain values{first}"
-            reason += f"; {advice}" if advice else ""
+            reason = f"it holds objects other than tensors and plain values{first}; "
+            reason += how_to_keep_tensors(path)
         else:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise CheckpointError(f"{path}: is not a readable checkpoint, {reason}") from error

@@ -11,17 +11,13 @@ from moco.errors import CheckpointError
 from moco.training.checkpoint import (
     latest_verified,
     manifest_path,
+    read_json,
     read_torch_file,
     verify_manifest,
 )
 from moco.training.layouts_detector import FINAL_MODEL, with_settings
 
 SAFETENSORS = ".safetensors"
-
-_KEEP_TENSORS = (
-    "it is not loaded, as that could run code. Where it was written, keep the tensors alone: "
-    "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, OUT)"
-)
 
 
 def find_source(path: str | os.PathLike) -> tuple[Path, list[tuple[Path, str]]]:
@@ -62,8 +58,29 @@ def read_weights(path: str | os.PathLike) -> object:
     if path.suffix == SAFETENSORS:
         content: object = _read_safetensors(path)
     else:
-        content = read_torch_file(path, _KEEP_TENSORS)
+        content = read_torch_file(path)
+    _refuse_other_strides(path)
     return with_settings(content, path)
+
+
+def _refuse_other_strides(path: Path) -> None:
+    """Hugging Face's configuration beside a file says where a ResNet's strides are; no tensor does.
+    (transformers, models/resnet/configuration_resnet.py)"""
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return
+    try:
+        settings = read_json(config)
+    except CheckpointError:  # of something else
+        return
+    if not isinstance(settings, dict) or settings.get("model_type") != "resnet":
+        return
+    for key in ("downsample_in_first_stage", "downsample_in_bottleneck"):
+        if settings.get(key):
+            raise CheckpointError(
+                f"{path}: config.json beside it says {key} true: its strides are elsewhere than in "
+                "torchvision's network, which has these tensors too; allowed: false"
+            )
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, object]:

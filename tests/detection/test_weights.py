@@ -205,7 +205,7 @@ def test_other_files_are_refused(folder, tmp_path):
     torch.save({"model": {"a": 1}}, tmp_path / "number.pth")
     refused(model, tmp_path / "number.pth", "'a' is no tensor")
     torch.save({"model": {"a": torch.zeros(1)}, "best": np.float64(3)}, tmp_path / "numpy.pth")
-    refused(model, tmp_path / "numpy.pth", r"objects other than tensors.*keep the weights alone")
+    refused(model, tmp_path / "numpy.pth", r"objects other than tensors.*keep the tensors alone")
     (tmp_path / "cut.pth").write_bytes((folder / "w.pth").read_bytes()[:-500])
     refused(model, tmp_path / "cut.pth", "is not a readable checkpoint")
     refused(model, tmp_path / "none.pth", "there is no such weights file")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import safetensors.torch
 import torch
 import torchvision
-from default_runs import CLASSES, as_before, pretrain, tool
-from scripts import ROOT
+from default_runs import CLASSES, as_before, ended, pretrain, tool
+from scripts import ROOT, load_tool
 
+from detection.config import load_detection_config
+from detection.engines.embedded.faster_rcnn import build_model
+from moco.models.backbone import build_backbone
 from moco.training.checkpoint import latest_verified, read_torch_file
 from moco.training.layouts import read_backbone
 
@@ -69,6 +73,101 @@ def test_the_converter(default_runs, tmp_path):
     assert record["num_mapped"] == 265 and record["self_check"]["max_relative_difference"] < 1e-5
     tool("convert_to_d2", default_runs.run, tmp_path / "w.pkl", "--encoder", "key")
     assert read(tmp_path / "w.pkl.conversion.json")["encoder"] == "key"
+
+
+def features_of_the_detector(trial, image: torch.Tensor) -> torch.Tensor:
+    """Of its backbone and res5, before the extra norm, averaged over the image."""
+    model = build_model(load_detection_config(str(trial / "config.yaml"), ["MODEL.WEIGHTS", ""]))
+    model.load_state_dict(read_torch_file(trial / "model_final.pth")["model"])
+    model.eval()
+    with torch.no_grad():
+        x = image
+        for child in (model.backbone, *model.roi_heads.res5.children()):
+            if child is not model.roi_heads.res5.norm:
+                x = child(x)
+                x = x["res4"] if isinstance(x, dict) else x
+        after_norm = model.roi_heads.res5.norm(x)
+    assert not torch.allclose(after_norm, x)  # else the next line would prove nothing
+    return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["trial", "file"])
+def test_a_detector_is_exported_with_its_own_features(default_runs, tmp_path, kind, capsys):
+    trial = default_runs.trials / "trial_0"
+    source = trial if kind == "trial" else trial / "model_final.pth"
+    tool("export", source, tmp_path / "w.pth", "--format", "torchvision")
+    printed = capsys.readouterr().out
+    assert "(detectron2 layout, query encoder, resnet50)" in printed and "mapped: 265" in printed
+    assert "norm after res5, which features do not pass" in printed
+    record = read(tmp_path / "w.pth.export.json")
+    assert record["pixels"]["std"] == pytest.approx([0.229, 0.224, 0.225], abs=1e-4)
+    network = build_backbone("resnet50", num_classes=1, width=0.5).eval()
+    network.load_state_dict({**network.state_dict(), **torch.load(tmp_path / "w.pth")})
+    image = torch.randn(1, 3, 70, 90, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        given = network.forward_features(image)
+    wanted = features_of_the_detector(trial, image)
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_converted_weights_and_detectors_are_sources_of_all_tools(default_runs, tmp_path):
+    trial = default_runs.trials / "trial_0"
+    tool("convert_to_d2", default_runs.converted, tmp_path / "again.pth")
+    before, after = (read_torch_file(p)["model"] for p in (default_runs.converted,
+                                                           tmp_path / "again.pth"))  # fmt: skip
+    assert list(before) == list(after) and all(torch.equal(before[n], after[n]) for n in before)
+    tool("convert_to_d2", trial, tmp_path / "tuned.pth")
+    tuned = read_torch_file(trial / "model_final.pth")["model"]
+    given = read_torch_file(tmp_path / "tuned.pth")["model"]
+    assert torch.equal(given["res5.2.conv3.weight"], tuned["roi_heads.res5.2.conv3.weight"])
+    assert torch.equal(given["stem.conv1.weight"], tuned["backbone.stem.conv1.weight"])
+    assert "PIXEL_MEAN: [123.675, 116.28, 103.53]" in "\n".join(
+        read(tmp_path / "tuned.pth.conversion.json")["yaml"]
+    )
+    for weights in (default_runs.converted, trial):
+        out = tmp_path / weights.name
+        tool("evaluate_knn", "--weights", weights, "--data", default_runs.images, "--k", 3,
+             "--output-dir", out, "--size", 32, "--num-workers", 0, "--device", "cpu")  # fmt: skip
+        assert read(out / "results.json")["weights"]["layout"] == "detectron2"
+
+
+@pytest.mark.parametrize(
+    "key, value, why",
+    [
+        ("MODEL.RESNETS.STRIDE_IN_1X1", "True", "the stride is in another convolution"),
+        ("MODEL.RESNETS.RES5_DILATION", "2", "res5 is dilated"),
+        ("INPUT.FORMAT", "BGR", "its images are BGR"),
+    ],
+)
+def test_detectors_of_another_network_are_refused(default_runs, tmp_path, key, value, why, capsys):
+    trial = tmp_path / "trial"
+    shutil.copytree(default_runs.trials / "trial_0", trial)
+    text, name = (trial / "config.yaml").read_text(), key.rpartition(".")[2]
+    changed = re.sub(rf"\b{name}: \S+", f"{name}: {value}", text)
+    assert changed != text
+    (trial / "config.yaml").write_text(changed)
+    words = (trial, tmp_path / "w.pth", "--format", "torchvision")
+    assert ended(load_tool("export").main, *words) == 2
+    error = capsys.readouterr().err
+    assert f"config.yaml says {key}" in error and why in error and error.count("\n") == 1
+    (trial / "config.yaml").unlink()
+    tool("export", *words)
+    assert "there is no config.yaml beside model_final.pth" in capsys.readouterr().out
+
+
+def test_left_over_tensors_are_dropped_by_every_tool(default_runs, tmp_path, capsys):
+    content = newest(default_runs.run)
+    content["state_dict"]["module.ema.decay"] = torch.zeros(1)
+    torch.save(content, tmp_path / "c.pth.tar")
+    knn = ("--weights", tmp_path / "c.pth.tar", "--data", default_runs.images, "--k", 3,
+           "--num-workers", 0, "--device", "cpu")  # fmt: skip
+    export = (tmp_path / "c.pth.tar", tmp_path / "w.pth", "--format", "torchvision")
+    convert = (tmp_path / "c.pth.tar", tmp_path / "d.pth")
+    for name, words in (("evaluate_knn", knn), ("export", export), ("convert_to_d2", convert)):
+        assert ended(load_tool(name).main, *words) == 2
+        assert "add --drop ema" in capsys.readouterr().err
+        tool(name, *words, "--drop", "ema")
+    assert read(tmp_path / "w.pth.export.json")["dropped"]["--drop ema"] == ["module.ema.decay"]
 
 
 def test_nearest_neighbours(default_runs, tmp_path):
