@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from moco.training.layouts import (
     read_backbone,
     read_weights,
     recognise,
+    settings_of,
 )
 
 AUTHOR = "MoCo"  # any but "Caffe2", which makes Detectron2 rename the tensors
@@ -80,7 +81,11 @@ class ConversionReport:
 
 
 def convert_checkpoint(
-    source_path: str | os.PathLike, out_path: str | os.PathLike, *, encoder: str = "query"
+    source_path: str | os.PathLike,
+    out_path: str | os.PathLike,
+    *,
+    encoder: str = "query",
+    drop: Sequence[str] = (),
 ) -> ConversionReport:
     """Convert a checkpoint file, or a run folder's newest verified one, and write the weights.
 
@@ -88,7 +93,7 @@ def convert_checkpoint(
     `<out_path>.conversion.json`. Both replace what was there, atomically.
 
     Args:
-        encoder: "query", or "key" for the momentum copy.
+        encoder: "query", or "key" for the momentum copy. drop: see `read_backbone`.
     Raises: CheckpointError for a source that is missing, damaged or of another network, for
         non-finite weights, another suffix, or a failed self-check. Nothing is written then.
     """
@@ -101,7 +106,7 @@ def convert_checkpoint(
     content = read_weights(source)
     if out.exists() and out.samefile(source):
         raise CheckpointError(f"{out}: is the source itself; give another output file")
-    converted = convert_state(content, where=str(source), encoder=encoder)
+    converted = convert_state(content, where=str(source), encoder=encoder, drop=drop)
     lines = yaml_lines(converted.shape, *_pixel_statistics(content, str(source)))
     figures = self_check(converted.source, converted.model, converted.shape, str(source))
     report = ConversionReport(
@@ -126,27 +131,25 @@ def convert_checkpoint(
 def identify_layout(content: object, where: str = "checkpoint") -> Layout:
     """The layout of a checkpoint or of the state dict in it.
 
-    Raises: CheckpointError, naming the first keys, for a layout that is unknown, and for weights
-        that are converted already.
+    Raises: CheckpointError, naming the first keys, for a layout that is unknown.
     """
-    state = named_tensors(content, where)
-    if "stem.conv1.weight" in state:
-        first = ", ".join(map(repr, list(state)[:3]))
-        raise CheckpointError(f"{where}: is converted already (keys {first}); load it as it is")
-    found = recognise(state, where)
+    found = recognise(named_tensors(content, where), where)
     return Layout(found.name, found.start)
 
 
 def convert_state(
-    content: object, where: str = "checkpoint", *, encoder: str = "query"
+    content: object,
+    where: str = "checkpoint",
+    *,
+    encoder: str = "query",
+    drop: Sequence[str] = (),
 ) -> Converted:
     """Split and rename the tensors of a checkpoint (or bare state dict); touches no file.
 
     Raises: CheckpointError where a tensor is neither mapped nor known to be dropped, is not
         finite, or where the network is none that R50-C4 can hold.
     """
-    identify_layout(content, where)
-    backbone = read_backbone(content, where, encoder=encoder)
+    backbone = read_backbone(content, where, encoder=encoder, drop=drop)
     if backbone.network.channels != 3:
         raise CheckpointError(
             f"{where}: its first convolution takes images of {backbone.network.channels} channels; "
@@ -198,7 +201,12 @@ def yaml_lines(
 
 
 def _pixel_statistics(content: object, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of 0-255 pixels in pretraining: from its config, else ImageNet's."""
+    """Mean and std of 0-255 pixels in pretraining or, of a detector, in training: from its config,
+    else ImageNet's."""
+    settings = settings_of(content)
+    if settings is not None and settings["mean"]:
+        mean, std = (tuple(round(255 * v, 4) for v in settings[key]) for key in ("mean", "std"))
+        return mean, std
     extra = content.get("extra") if isinstance(content, Mapping) else None
     if not isinstance(extra, Mapping) or "config" not in extra:
         return IMAGENET_MEAN, IMAGENET_STD  # the reference and torchvision have no other

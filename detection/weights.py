@@ -35,7 +35,10 @@ _STATISTICS = {".running_mean": 0.0, ".running_var": 1.0}  # and what an absent 
 _LEFTOVERS = {
     r"pixel_(mean|std)": "input normalisation (the config's is used)",
     r"proposal_generator\.anchor_generator\.cell_anchors\.\d+": "anchors (computed here)",
-    r"(stem\.)?fc\.(weight|bias)": "ImageNet classifier",
+    # facebookresearch/moco, detection/convert-pretrain-to-detectron2.py keeps MoCo's heads: v1's
+    # has the names of a classifier.
+    r"(stem\.)?fc\.(weight|bias)": "ImageNet classifier or linear projection head",
+    r"(stem\.)?fc\.\d+\.\w+": "projection head",
     r".*\.num_batches_tracked": "batch counters that frozen norms do not have",
     r"(roi_heads\.)?mask_head\..*": "mask head (MODEL.MASK_ON is False)",
 }

@@ -22,10 +22,6 @@ from moco.training.checkpoint import read_torch_file
 ZOO = "detectron2://"
 _ZOO_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 _CONVERT_FIRST = "convert it first with tools/convert_to_d2.py"
-_KEEP_WEIGHTS = (
-    "where it was written, keep the weights alone: "
-    "torch.save({'model': torch.load(FILE, weights_only=False)['model']}, OUT)"
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def read_weights_file(path: str | os.PathLike) -> WeightsFile:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         author = fields.get("__author__")
     else:
-        content = read_torch_file(path, _KEEP_WEIGHTS)
+        content = read_torch_file(path)
         tensors = _model_of(content, path)
         author = content.get("__author__")
         names = _class_names_of(content, path)

@@ -31,3 +31,11 @@ def image_folder(tmp_path):
                 pixels[..., channel] += 150
                 Image.fromarray(pixels).save(folder / f"{i:02d}.png")
     return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def default_runs(tmp_path_factory):
+    """See tests/default_runs.py: made once, for all tests of files that runs leave."""
+    from default_runs import make
+
+    return make(tmp_path_factory.mktemp("default_runs"))

@@ -192,6 +192,66 @@ def swav(q: State, k: State) -> dict:
     return under("module.", q, projection_head__0__weight=4, prototypes__weight=4)
 
 
+def lightning_bolts(q: State, k: State) -> dict:
+    """Lightning-Universe/lightning-bolts, pl_bolts/models/self_supervised/moco/moco_module.py."""
+    state = some("queue", "queue_ptr", "val_queue", "val_queue_ptr")
+    state |= under("encoder_q.", q, fc__0__weight=4, fc__2__bias=2)
+    state |= under("encoder_k.", k, fc__0__weight=4, fc__2__bias=2)
+    return {"epoch": 1, "pytorch-lightning_version": "1.9.0", "state_dict": state}
+
+
+def seco(q: State, k: State) -> dict:
+    """ServiceNow/seasonal-contrast, models/moco2_module.py: three subspaces."""
+    state = some("queue", "queue_ptr") | under("encoder_q.", numbered(q))
+    state |= under("encoder_k.", numbered(k))
+    state |= some(*(f"heads_{of}.{i}.{n}.weight" for of in "qk" for i in range(3) for n in (0, 2)))
+    return {"epoch": 1, "global_step": 7, "state_dict": state}
+
+
+def pixpro(q: State, k: State) -> dict:
+    """zdaxie/PixPro: contrast/models/PixPro.py, main_pretrain.py, publish_model.py."""
+    state = under("module.encoder.", q) | under("module.encoder_k.", k)
+    for head in ("projector", "projector_k", "projector_instance", "projector_instance_k",
+                 "predictor", "value_transform"):  # fmt: skip
+        state |= some(f"module.{head}.linear1.weight", f"module.{head}.bn1.running_mean")
+    return {"model": state}
+
+
+def barlow_twins(q: State, k: State) -> dict:
+    """facebookresearch/barlowtwins, main.py: checkpoint.pth; its final resnet50.pth is bare."""
+    state = under("module.backbone.", q)
+    state |= some("module.projector.0.weight", "module.projector.1.running_mean",
+                  "module.projector.6.weight", "module.bn.running_var")  # fmt: skip
+    return {"epoch": 3, "model": state}
+
+
+def of_hugging_face(state: State) -> State:
+    """huggingface/transformers, models/resnet/modeling_resnet.py: ResNetModel."""
+    renamed = {}
+    for name, tensor in state.items():
+        *at, unit, entry = name.split(".")
+        if not at:  # the stem
+            start = "embedder.embedder."
+        elif "downsample" in at:
+            start = f"encoder.stages.{int(at[0][-1]) - 1}.layers.{at[1]}.shortcut."
+            unit = {"0": "conv", "1": "bn"}[unit] + "1"
+        else:
+            start = f"encoder.stages.{int(at[0][-1]) - 1}.layers.{at[1]}."
+            start += f"layer.{int(unit[-1]) - 1}."
+        kind = "convolution" if unit.startswith("conv") else "normalization"
+        renamed[f"{start}{kind}.{entry}"] = tensor
+    return renamed
+
+
+def hugging_face(q: State, k: State) -> dict:
+    """The same file, ResNetForImageClassification."""
+    return under("resnet.", of_hugging_face(q)) | some("classifier.1.weight", "classifier.1.bias")
+
+
+def hugging_face_alone(q: State, k: State) -> dict:
+    return of_hugging_face(q)
+
+
 def bare(q: State, k: State) -> dict:
     """torchvision.models, timm."""
     return q | some("head.weight", "head.bias") if "cls_token" in q else q | some("fc.weight")
@@ -223,6 +283,12 @@ FILES = {
     "mmselfsup 0.x": (mmselfsup_0, "mmselfsup", True, False),
     "dino": (dino, "dino", True, True),
     "swav": (swav, "swav", False, False),
+    "lightning-bolts": (lightning_bolts, "moco", True, False),
+    "seco": (seco, "seco", True, False),
+    "pixpro": (pixpro, "pixpro", True, False),
+    "barlow twins": (barlow_twins, "barlowtwins", False, False),
+    "hugging face": (hugging_face, "huggingface", False, False),
+    "hugging face, alone": (hugging_face_alone, "huggingface", False, False),
     "bare": (bare, "torchvision", False, True),
     "extracted": (extracted, "torchvision", False, False),
     "backbone alone": (backbone_alone, "backbone", False, False),
@@ -232,7 +298,9 @@ FILES = {
 def weights_of(content: dict) -> State:
     """All tensors of a builder's file that are weights, under their own paths; found by walking it
     whole. Left out of the paths is what holds all weights of a file, or VISSL's model."""
-    containers = ("state_dict.", "model_state_dict.", "classy_state_dict.base_model.model.")
+    containers = (
+        "state_dict.", "model_state_dict.", "classy_state_dict.base_model.model.", "model.",
+    )  # fmt: skip
     found: State = {}
 
     def walk(value: object, path: tuple[str, ...]) -> None:

@@ -23,8 +23,8 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
     "moco.training": {"moco.data", "moco.kernels", "moco.models", "moco.contrast", "moco.methods"},
     "moco.evaluation": {  # of training only what knows no method
         "moco.data", "moco.kernels", "moco.models", "moco.training.checkpoint",
-        "moco.training.guard", "moco.training.layouts", "moco.training.progress",
-        "moco.training.retention", "moco.training.run_lock",
+        "moco.training.guard", "moco.training.layouts", "moco.training.optimizer",
+        "moco.training.progress", "moco.training.retention", "moco.training.run_lock",
     },
     "moco.studies": {"moco.methods", "moco.training"},
     "moco.reporting": {"moco.data", "moco.studies", "moco.training"},

@@ -29,8 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--encoder", choices=ENCODERS, default="query", help="key: the momentum copy"
     )
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="PREFIX",
+        help="names of unknown tensors beside the network begin so: leave them out; repeatable",
+    )  # fmt: skip
     args = parser.parse_args(argv)
-    report = convert_checkpoint(args.source, args.out, encoder=args.encoder)
+    report = convert_checkpoint(args.source, args.out, encoder=args.encoder, drop=args.drop)
     for _, reason in report.refused:
         print(f"passed over: {reason}")
     height, width = SELF_CHECK_SIZE

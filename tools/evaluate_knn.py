@@ -23,6 +23,7 @@ from moco.data import workers  # noqa: E402
 from moco.devices import CHOICES  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.knn_evaluation import KnnSettings, evaluate_knn  # noqa: E402
+from moco.evaluation.weights import read_pretrained  # noqa: E402
 from moco.process_group import leaving_group  # noqa: E402
 
 
@@ -31,6 +32,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", required=True, help="run folder, checkpoint or weights file")
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="PREFIX",
+        help="names of unknown tensors beside the network begin so: leave them out; repeatable",
+    )  # fmt: skip
     parser.add_argument("--data", required=True, help="folder with train/ and val/ or test/")
     parser.add_argument("--test-data", help="folder of the test images, if it is another")
     parser.add_argument("--output-dir", help="where results.json and results.md go")
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         with dead_worker_as_data_error("--num-workers", workers.doing):
             results = evaluate_knn(
                 settings,
-                args.weights,
+                read_pretrained(args.weights, drop=args.drop),
                 args.data,
                 args.output_dir,
                 process,

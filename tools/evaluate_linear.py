@@ -25,6 +25,7 @@ from moco.errors import exit_on_error  # noqa: E402
 from moco.evaluation.cached import evaluate_cached  # noqa: E402
 from moco.evaluation.config import load_linear_config  # noqa: E402
 from moco.evaluation.linear import EvaluationStopped, evaluate_linear  # noqa: E402
+from moco.evaluation.weights import read_pretrained  # noqa: E402
 from moco.process_group import leaving_group  # noqa: E402
 
 
@@ -34,6 +35,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, help="YAML file of configs/evaluation")
     parser.add_argument("--weights", required=True, help="run folder, checkpoint or weights file")
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="PREFIX",
+        help="names of unknown tensors beside the network begin so: leave them out; repeatable",
+    )  # fmt: skip
     parser.add_argument("--data", required=True, help="folder with train/ and val/ or test/")
     parser.add_argument("--test-data", help="folder of the test images, if it is another")
     parser.add_argument("--output-dir", required=True, help="checkpoints, log and results")
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             evaluate(
                 cfg,
-                args.weights,
+                read_pretrained(args.weights, drop=args.drop),
                 args.data,
                 args.output_dir,
                 process,

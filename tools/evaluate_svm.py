@@ -28,6 +28,7 @@ from moco.data.images import ImageSource  # noqa: E402
 from moco.errors import dead_worker_as_data_error, exit_on_error  # noqa: E402
 from moco.evaluation.svm import COSTS, require_scikit_learn  # noqa: E402
 from moco.evaluation.svm_evaluation import SvmSettings, evaluate_svm  # noqa: E402
+from moco.evaluation.weights import read_pretrained  # noqa: E402
 from moco.signals import exit_on_signals  # noqa: E402
 
 
@@ -36,6 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", required=True, help="run folder, checkpoint or weights file")
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="PREFIX",
+        help="names of unknown tensors beside the network begin so: leave them out; repeatable",
+    )  # fmt: skip
     parser.add_argument("--voc-root", required=True, help="folder with Annotations, JPEGImages ...")
     parser.add_argument("--train-split", default="trainval")
     parser.add_argument("--test-split", default="test")
@@ -84,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_signals(), dead_worker_as_data_error("--num-workers", workers.doing):
         evaluate_svm(
             settings,
-            args.weights,
+            read_pretrained(args.weights, drop=args.drop),
             train,
             test,
             classes,

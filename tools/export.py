@@ -36,6 +36,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--num-heads", type=int, metavar="N", help="of a ViT, where the file does not say it"
     )
     parser.add_argument(
+        "--drop", action="append", default=[], metavar="PREFIX",
+        help="names of unknown tensors beside the network begin so: leave them out; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT where it holds something else"
     )
     return parser.parse_args(argv)
@@ -50,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         form=args.form,
         encoder=args.encoder,
         num_heads=args.num_heads,
+        drop=args.drop,
         overwrite=args.overwrite,
     )
     backbone, record = done.backbone, done.record

@@ -43,6 +43,7 @@ from moco.evaluation.weights import Pretrained, read_pretrained
 from moco.signals import caught_signals
 from moco.training import checkpoint as ckpt
 from moco.training.guard import Evidence, StepGuard, skips_updates
+from moco.training.optimizer import keep_own_ways_
 from moco.training.progress import ConsoleProgress, EpochRecord, JsonLog, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.run_lock import RunLock
@@ -147,6 +148,7 @@ class LinearTrainer:
         self.guard = StepGuard(
             process, self._not_finite, delayed=skips_updates(self.optimizer, process)
         )
+        keep_own_ways_(self.optimizer)
         self.progress, self.saved_step = linear_state.Progress(), -1
         if checkpoint is not None:
             self.progress = linear_state.restore(

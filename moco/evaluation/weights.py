@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from moco.training.layouts import (
     named_tensors,
     read_backbone,
     read_weights,
+    settings_of,
 )
 
 _VIT_HEADS = 12  # of this project's ViTs, whatever their width
@@ -158,23 +159,30 @@ class Pretrained:
         ]
 
 
-def read_pretrained(path: str) -> Pretrained:
+def read_pretrained(path: str, *, drop: Sequence[str] = ()) -> Pretrained:
     """The encoder of a weights file, or of a run folder's newest verified checkpoint.
 
+    Args:
+        drop: see `moco.training.layouts.read_backbone`.
     Raises: CheckpointError for a file that is missing, damaged, of an unknown layout, not finite,
         or of a network that cannot be built here.
     """
     file, refused = find_source(path)
     notes = tuple(f"refused: {reason}" for _, reason in refused)
     content = read_weights(file)
-    return pretrained_from(content, str(file), sha256_of(file), notes=notes)
+    return pretrained_from(content, str(file), sha256_of(file), notes=notes, drop=drop)
 
 
 def pretrained_from(
-    content: object, where: str, sha256: str, *, notes: tuple[str, ...] = ()
+    content: object,
+    where: str,
+    sha256: str,
+    *,
+    notes: tuple[str, ...] = (),
+    drop: Sequence[str] = (),
 ) -> Pretrained:
     """The encoder in the content of a file. Raises: CheckpointError, see `read_pretrained`."""
-    found = read_backbone(content, where)
+    found = read_backbone(content, where, drop=drop)
     head = {}
     if found.layout == "moco":
         start = f"{found.prefix}{HEAD}"
@@ -185,7 +193,7 @@ def pretrained_from(
         path=where,
         sha256=sha256,
         layout=found.layout,
-        backbone={name: tensor.contiguous() for name, tensor in found.state.items()},
+        backbone=found.state,
         head=head,
         options=_options(found.network, where),
         size=found.network.image_size if isinstance(found.network, ViT) else size,
@@ -207,10 +215,14 @@ def _decoding(content: object) -> Decoding:
 def _trained_with(
     content: object, where: str, channels: int
 ) -> tuple[int | None, tuple | None, tuple | None]:
-    """Size, mean and std of the images, of a checkpoint of tools/pretrain.py; None of another.
+    """Size, mean and std of the images, of a checkpoint of tools/pretrain.py; mean and std of a
+    detector whose configuration is beside it; None of another.
 
     Raises: CheckpointError where its configuration lacks them.
     """
+    settings = settings_of(content)
+    if settings is not None:  # a detector's images have no one size
+        return None, settings["mean"], settings["std"]
     found = content
     for name in ("extra", "config", "DATA"):
         found = found.get(name) if isinstance(found, Mapping) else None

@@ -25,7 +25,8 @@ from typing import BinaryIO
 import torch
 
 from moco.errors import CheckpointError
-from moco.training.plain_content import odd_part
+from moco.training.pickle_outline import how_to_keep_tensors
+from moco.training.plain_content import as_plain, odd_part
 
 EPOCH_FILE = re.compile(r"^checkpoint_(\d{4,})\.pth\.tar$")
 STEP_FILE = re.compile(r"^checkpoint_step_(\d+)\.pth\.tar$")
@@ -171,12 +172,11 @@ def step_in_manifest(path: str | os.PathLike) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def read_torch_file(path: str | os.PathLike, advice: str = "") -> object:
+def read_torch_file(path: str | os.PathLike) -> object:
     """`torch.load` on the CPU with `weights_only=True`: tensors and plain values, never code.
 
-    Args:
-        advice: ends the message about other objects: how to write a file without them.
-    Raises: CheckpointError for a file that is missing, damaged or holds other objects.
+    Raises: CheckpointError for a file that is missing, damaged or holds other objects; then it
+        says how to write one without them.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: there is no such file; give the path of a checkpoint file")
@@ -187,8 +187,8 @@ def read_torch_file(path: str | os.PathLike, advice: str = "") -> object:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             found = re.search(r"GLOBAL (\S+)", str(error))
             first = f" (first: {found.group(1)})" if found else ""
-            reason = f"it holds objects other than tensors and plain values{first}"
-            reason += f"; {advice}" if advice else ""
+            reason = f"it holds objects other than tensors and plain values{first}; "
+            reason += how_to_keep_tensors(path)
         else:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise CheckpointError(f"{path}: is not a readable checkpoint, {reason}") from error
@@ -240,12 +240,12 @@ class _Sink:
 
 
 def save_checkpoint(path: str | os.PathLike, content: dict, **manifest_fields: object) -> None:
-    """Write a checkpoint atomically, then its manifest.
+    """Write a checkpoint atomically, then its manifest. Tensors are written as `as_plain` has them.
 
     Until both are there an older file of that name, with its manifest, either still verifies or,
     its manifest being of another hash, does not: a manifest never vouches for the wrong file.
     """
-    found = {}
+    found, content = {}, as_plain(content)
 
     def write(file: BinaryIO) -> None:
         sink = _Sink(file)

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,14 @@ import torch
 from moco.errors import CheckpointError
 from moco.training.checkpoint import sha256_of, write_atomic, write_json_atomic
 from moco.training.export_check import check_export, network_for
-from moco.training.layouts import Backbone, ViT, find_source, read_backbone, read_weights
+from moco.training.layouts import (
+    Backbone,
+    ViT,
+    find_source,
+    read_backbone,
+    read_weights,
+    settings_of,
+)
 
 SUFFIXES = {"torchvision": ".pth", "timm": ".pth", "safetensors": ".safetensors"}
 FORMATS = tuple(SUFFIXES)
@@ -51,6 +58,7 @@ def export_backbone(
     form: str,
     encoder: str = "query",
     num_heads: int | None = None,
+    drop: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Export:
     """Write the backbone of a checkpoint file, or of a run folder's newest verified one.
@@ -59,7 +67,7 @@ def export_backbone(
 
     Args:
         form: one of FORMATS. encoder: "query" or "key".
-        num_heads: of a ViT whose file does not say it.
+        num_heads: of a ViT whose file does not say it. drop: see `read_backbone`.
         overwrite: replace an `out_path` of other content.
     Raises: CheckpointError for a source that cannot be read (see `read_backbone`), a network the
         format has no names for, another suffix, an `out_path` that holds something else, or
@@ -74,7 +82,9 @@ def export_backbone(
     content = read_weights(source)
     if out.exists() and out.samefile(source):
         raise CheckpointError(f"{out}: is the source itself; give another output file")
-    backbone = read_backbone(content, str(source), encoder=encoder, num_heads=num_heads)
+    backbone = read_backbone(
+        content, str(source), encoder=encoder, num_heads=num_heads, drop=drop
+    )
     target = network_for(backbone.network, form, str(source))
     source_sha256 = sha256_of(source)
     data = serialise(backbone, form, source_sha256)
@@ -181,7 +191,10 @@ def _may_write(out: Path, sha256: str, overwrite: bool) -> bool:
 
 
 def _pixels(content: object) -> dict[str, object] | None:
-    """Size and statistics of the images of the pretraining, where the file holds its config."""
+    """Size and statistics of the images that the network was trained with, where they are known."""
+    settings = settings_of(content)
+    if settings is not None:
+        return {"mean": settings["mean"], "std": settings["std"]} if settings["mean"] else None
     extra = content.get("extra") if isinstance(content, Mapping) else None
     config = extra.get("config") if isinstance(extra, Mapping) else None
     data = config.get("DATA") if isinstance(config, Mapping) else None

@@ -7,23 +7,26 @@ exactly the tensors of a known network, in names and shapes. An unknown file is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from moco.errors import CheckpointError
+from moco.training.layouts_detector import settings_of
 from moco.training.layouts_file import find_source, read_weights
 from moco.training.layouts_network import COUNTER, HEAD, Network, ResNet, ViT, read_network
 from moco.training.layouts_table import LAYOUTS, SPELLINGS, WRAPPERS, Layout, Spelling
+from moco.training.plain_content import as_plain
 
 __all__ = [
     "COUNTER", "ENCODERS", "Backbone", "Network", "ResNet", "ViT", "find_source", "known_layouts",
-    "named_tensors", "read_backbone", "read_weights", "recognise",
+    "named_tensors", "read_backbone", "read_weights", "recognise", "settings_of",
 ]  # fmt: skip
 
 ENCODERS = ("query", "key")
+_DROP = "--drop"  # of the command lines, as messages name it
 # Number of heads of ViTs in MoCo v3 (its vits.py, and moco/models/vit.py); DeiT-S has 6.
 _MOCO_V3_HEADS = {"vit_small": 12, "vit_base": 12, "vit_large": 16, "vit_huge": 16}
 
@@ -36,7 +39,7 @@ class Backbone:
         layout, prefix: what the file is, and what the encoder's names in it begin with.
         encoder: "query" or "key".
         network: the architecture that the tensors are.
-        state: canonical name -> tensor as it is in the file, on the CPU.
+        state: canonical name -> tensor with the file's values, see `as_plain`.
         names: name in the file -> canonical name.
         dropped: reason -> names in the file. With `names` it covers the file.
         notes: lines worth printing.
@@ -77,6 +80,7 @@ def read_backbone(
     *,
     encoder: str = "query",
     num_heads: int | None = None,
+    drop: Sequence[str] = (),
 ) -> Backbone:
     """The backbone of an encoder in the content of a weights file.
 
@@ -84,8 +88,10 @@ def read_backbone(
         where: what the content comes from, for messages.
         encoder: "query", or "key" for the momentum copy where the file has one.
         num_heads: of a ViT; None leaves it to what the file or its project says.
+        drop: beginnings of names beside the encoder that may be left out though unknown.
     Raises: CheckpointError for an unknown layout, naming the first keys; a tensor that is neither
-        mapped nor known to be dropped, missing, of another shape or not finite; an absent encoder.
+        mapped nor known to be dropped, missing, of another shape or not finite; an absent encoder;
+        an entry of `drop` that nothing unknown begins with.
     """
     state = named_tensors(content, where)
     found = recognise(state, where)
@@ -100,15 +106,27 @@ def read_backbone(
     for name, value in state.items():
         canonical = _canonical(name, found)
         if canonical is None:
-            dropped.setdefault(_reason(name, found, encoder, where), []).append(name)
+            reason = _reason(name, found, encoder, where, drop)
+            dropped.setdefault(reason, []).append(name)
+        elif canonical.endswith(COUNTER) and not found.spelling.has_counters:
+            dropped.setdefault(COUNTER, []).append(name)
         elif canonical.startswith(HEAD):
             dropped.setdefault(HEAD.rstrip("."), []).append(name)
         else:
             _check_tensor(name, canonical, value, where)
             if canonical in own:
                 raise CheckpointError(f"{where}: two tensors stand for {canonical}; it is damaged")
-            own[canonical], names[name] = value.detach(), canonical
+            # Laid out alike whoever wrote them: sums of a convolution depend on it in the last bit.
+            own[canonical], names[name] = as_plain(value.detach()), canonical
+    unused = [start for start in drop if f"{_DROP} {start}" not in dropped]
+    if unused:
+        raise CheckpointError(
+            f"{where}: {_DROP} {unused[0]}: no name that is unknown begins so; leave it out"
+        )
     notes = _average_splits_(own, found.spelling)
+    settings = settings_of(content)
+    if settings is not None and found.name == "detectron2":
+        notes += tuple(settings["notes"])
     arch, said_heads = _said_about(content, found, own)
     network = read_network(own, where, arch=arch, num_heads=num_heads or said_heads)
     if found.layout.cifar_stem and isinstance(network, ResNet) and network.stem == "cifar":
@@ -215,15 +233,22 @@ def _explain(name: str, found: Recognised, encoder: str = "query") -> str | None
     return next(reasons, None)
 
 
-def _reason(name: str, found: Recognised, encoder: str, where: str) -> str:
+def _reason(
+    name: str, found: Recognised, encoder: str, where: str, drop: Sequence[str]
+) -> str:
     reason = _explain(name, found, encoder)
-    if reason is None:
-        beside = ", ".join(found.layout.beside) or "nothing"
-        raise CheckpointError(
-            f"{where}: {name!r} is neither part of the {encoder} encoder nor known to be left out; "
-            f"allowed beside it in the layout {found.name}: {beside}; convert another checkpoint"
-        )
-    return reason
+    if reason is not None:
+        return reason
+    inner = name.removeprefix(found.wrapper)
+    for start in drop:
+        if name.startswith(start) or inner.startswith(start):
+            return f"{_DROP} {start}"
+    beside = ", ".join(found.layout.beside) or "nothing"
+    raise CheckpointError(
+        f"{where}: {name!r} is neither part of the {encoder} encoder nor known to be left out; "
+        f"allowed beside it in the layout {found.name}: {beside}; where the network's features do "
+        f"not depend on it, add {_DROP} {inner.partition('.')[0]}, else give another checkpoint"
+    )
 
 
 def _key_encoder(state: Iterable[str], query: Recognised, where: str) -> Recognised:

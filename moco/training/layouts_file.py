@@ -11,16 +11,13 @@ from moco.errors import CheckpointError
 from moco.training.checkpoint import (
     latest_verified,
     manifest_path,
+    read_json,
     read_torch_file,
     verify_manifest,
 )
+from moco.training.layouts_detector import FINAL_MODEL, with_settings
 
 SAFETENSORS = ".safetensors"
-
-_KEEP_TENSORS = (
-    "it is not loaded, as that could run code. Where it was written, keep the tensors alone: "
-    "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, OUT)"
-)
 
 
 def find_source(path: str | os.PathLike) -> tuple[Path, list[tuple[Path, str]]]:
@@ -33,12 +30,14 @@ def find_source(path: str | os.PathLike) -> tuple[Path, list[tuple[Path, str]]]:
     path = Path(path)
     if path.is_dir():
         newest, _, refused = latest_verified(path)
+        if newest is None and (path / FINAL_MODEL).is_file():  # a detector's trial
+            return find_source(path / FINAL_MODEL)
         if newest is None:
             reasons = "; ".join(reason for _, reason in refused[:3])
             raise CheckpointError(
                 f"{path}: this folder holds no verified checkpoint_*.pth.tar"
                 + (f" ({reasons})" if reasons else "")
-                + "; give a run folder or a checkpoint file"
+                + f" and no {FINAL_MODEL}; give a run folder, a trial's, or a weights file"
             )
         return newest, refused
     if manifest_path(path).exists():
@@ -50,13 +49,38 @@ def read_weights(path: str | os.PathLike) -> object:
     """The content of a weights file, tensors on the CPU; no code of the file is run.
 
     A `.safetensors` file is given as a checkpoint is: tensors under `state_dict`, beside them what
-    its metadata says.
+    its metadata says. To a detector's weights the settings beside them are added, see
+    `layouts_detector.py`.
     Raises: CheckpointError for a file that is missing or damaged, or that holds other objects than
-        tensors and plain values.
+        tensors and plain values; where the settings beside it are another network's.
     """
-    if Path(path).suffix == SAFETENSORS:
-        return _read_safetensors(path)
-    return read_torch_file(path, _KEEP_TENSORS)
+    path = Path(path)
+    if path.suffix == SAFETENSORS:
+        content: object = _read_safetensors(path)
+    else:
+        content = read_torch_file(path)
+    _refuse_other_strides(path)
+    return with_settings(content, path)
+
+
+def _refuse_other_strides(path: Path) -> None:
+    """Hugging Face's configuration beside a file says where a ResNet's strides are; no tensor does.
+    (transformers, models/resnet/configuration_resnet.py)"""
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return
+    try:
+        settings = read_json(config)
+    except CheckpointError:  # of something else
+        return
+    if not isinstance(settings, dict) or settings.get("model_type") != "resnet":
+        return
+    for key in ("downsample_in_first_stage", "downsample_in_bottleneck"):
+        if settings.get(key):
+            raise CheckpointError(
+                f"{path}: config.json beside it says {key} true: its strides are elsewhere than in "
+                "torchvision's network, which has these tensors too; allowed: false"
+            )
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, object]:

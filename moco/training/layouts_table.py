@@ -42,7 +42,8 @@ class Spelling(NamedTuple):
     alone: name of the layout of a file that holds nothing else. first: inner names that only this
     spelling has together. parts: first parts of canonical names. to_canonical: an inner name ->
     canonical name, head included; None where the spelling has no such name. other_network: why the
-    tensors, though of the same shapes, are another network's.
+    tensors, though of the same shapes, are another network's. has_counters: whether batch counters
+    are read; frozen norms have none.
     """
 
     alone: str
@@ -50,6 +51,7 @@ class Spelling(NamedTuple):
     parts: Collection[str]
     to_canonical: Callable[[str], str | None]
     other_network: str = ""
+    has_counters: bool = True
 
 
 def _of_generator(inner: str) -> str:
@@ -61,6 +63,40 @@ def _of_numbered(inner: str) -> str | None:
     number, _, rest = inner.partition(".")
     child = dict(zip("014567", ("conv1", "bn1", *_STAGES), strict=True)).get(number)
     return child and f"{child}.{rest}"
+
+
+_HUGGING_FACE = re.compile(
+    r"(?:embedder\.embedder|encoder\.stages\.(?P<stage>[0-3])\.layers\.(?P<block>[0-9]{1,4})\."
+    r"(?:shortcut|layer\.(?P<unit>[0-2])))\.(?P<kind>convolution|normalization)\.(?P<entry>\w+)"
+)
+
+
+def _of_hugging_face(inner: str) -> str | None:
+    match = _HUGGING_FACE.fullmatch(inner)
+    if match is None:
+        return None
+    is_norm, entry = match["kind"] == "normalization", match["entry"]
+    at = "" if match["stage"] is None else f"layer{int(match['stage']) + 1}.{match['block']}."
+    if at and match["unit"] is None:
+        return f"{at}downsample.{int(is_norm)}.{entry}"
+    return f"{at}{'bn' if is_norm else 'conv'}{int(match['unit'] or 0) + 1}.{entry}"
+
+
+_DETECTRON2 = re.compile(
+    r"(?:stem|res(?P<stage>[2-5])\.(?P<block>[0-9]{1,4}))\."
+    r"(?P<unit>conv[123]|shortcut)\.(?P<norm>norm\.)?(?P<entry>\w+)"
+)
+
+
+def _of_detectron2(inner: str) -> str | None:
+    """A converted backbone's names; a detector has them behind `backbone.` and `roi_heads.`."""
+    match = _DETECTRON2.fullmatch(re.sub(r"^(backbone\.(?!res5)|roi_heads\.(?=res5))", "", inner))
+    if match is None:
+        return None
+    at = "" if match["stage"] is None else f"layer{int(match['stage']) - 1}.{match['block']}."
+    if match["unit"] == "shortcut":
+        return f"{at}downsample.{1 if match['norm'] else 0}.{match['entry']}"
+    return f"{at}{'bn' if match['norm'] else 'conv'}{match['unit'][-1]}.{match['entry']}"
 
 
 SPELLINGS = (
@@ -77,6 +113,29 @@ SPELLINGS = (
         lambda name: None,
         "the children of lightly's ResNetGenerator in nn.Sequential are a network without the ReLU "
         "after bn1, which is a function there; no ResNet of torchvision's gives its features",
+    ),
+    # huggingface/transformers, models/resnet/modeling_resnet.py.
+    Spelling(
+        "huggingface",
+        {"embedder.embedder.convolution.weight"},
+        _RESNET,
+        _of_hugging_face,
+    ),
+    # facebookresearch/detectron2, modeling/backbone/resnet.py, modeling/roi_heads/roi_heads.py
+    # (Res5ROIHeads); here detection/keymap.py and the embedded engine.
+    Spelling(
+        "detectron2",
+        {"stem.conv1.weight", "res5.0.conv1.weight"},
+        _RESNET,
+        _of_detectron2,
+        has_counters=False,
+    ),
+    Spelling(
+        "detectron2",
+        {"backbone.stem.conv1.weight", "roi_heads.res5.0.conv1.weight"},
+        _RESNET,
+        _of_detectron2,
+        has_counters=False,
     ),
     # timm/models/vision_transformer.py; moco-v3's vits.py derives from it. Our own ViT calls the
     # head `fc`, theirs is `head`.
@@ -110,13 +169,24 @@ _SOLO_LEARNS_CIFAR_STEM = (  # solo/methods/base.py
 # fmt: off
 # Of two layouts that explain a file equally well the first is taken.
 LAYOUTS = (
-    # facebookresearch/moco, moco/builder.py; and tools/pretrain.py here.
+    # facebookresearch/moco, moco/builder.py; and tools/pretrain.py here. Lightning-Bolts,
+    # pl_bolts/models/self_supervised/moco/moco_module.py, adds a queue for validation.
     Layout(
         "moco",
         "module.encoder_q.conv1.weight",
         ("encoder_q.",),
         ("encoder_k.",),
-        _beside("predictor", "queue", "queue_ptr", bank="memory bank"),
+        _beside(
+            "predictor", "queue", "queue_ptr", "val_queue", "val_queue_ptr", bank="memory bank"
+        ),
+    ),
+    # ServiceNow/seasonal-contrast, models/moco2_module.py: numbered children, a head a subspace.
+    Layout(
+        "seco",
+        "encoder_q.0.weight",
+        ("encoder_q.",),
+        ("encoder_k.",),
+        _beside("heads_q", "heads_k", "queue", "queue_ptr"),
     ),
     # facebookresearch/moco-v3, moco/builder.py.
     Layout(
@@ -190,6 +260,14 @@ LAYOUTS = (
         _OF_SOLO_LEARN,
         _SOLO_LEARNS_CIFAR_STEM,
     ),
+    # facebookresearch/barlowtwins, main.py: `checkpoint.pth`, with the projector.
+    Layout(
+        "barlowtwins",
+        "module.backbone.conv1.weight",
+        ("backbone.",),
+        (),
+        _beside("projector", bn="norm of the projections"),
+    ),
     # facebookresearch/simsiam, simsiam/builder.py.
     Layout("simsiam", "module.encoder.conv1.weight", ("encoder.",), (), _beside("predictor")),
     # solo-learn up to release 1.0.2: `encoder` for `backbone`.
@@ -201,10 +279,47 @@ LAYOUTS = (
         _OF_SOLO_LEARN,
         _SOLO_LEARNS_CIFAR_STEM,
     ),
+    # zdaxie/PixPro, contrast/models/PixPro.py, main_pretrain.py; its base models name it so, too.
+    Layout(
+        "pixpro",
+        "module.encoder.conv1.weight",
+        ("encoder.",),
+        ("encoder_k.",),
+        _beside(
+            "projector", "projector_k", "projector_instance", "projector_instance_k", "predictor",
+            "value_transform",
+        ),
+    ),
+    # huggingface/transformers, ResNetForImageClassification; ResNetModel alone is below.
+    Layout(
+        "huggingface",
+        "resnet.embedder.embedder.convolution.weight",
+        ("resnet.",),
+        (),
+        _beside("classifier"),
+    ),
     # A network alone: torchvision, timm, and what other projects' own converters extract. Such a
     # file's layout is called as its spelling (`Spelling.alone`).
     Layout("torchvision", "conv1.weight", ("",), (), _beside()),
     # facebookresearch/swav, src/resnet50.py. Its padding is a layer; the sums are the same.
     Layout("swav", "module.conv1.weight", ("",), (), _beside("projection_head", "prototypes")),
+    # facebookresearch/detectron2 and detection/train_net.py here: a detector's model_final.pth;
+    # tools/convert_to_d2.py and moco's own converter, which keeps the head as `stem.fc`.
+    Layout(
+        "detectron2",
+        "backbone.stem.conv1.weight",
+        ("",),
+        (),
+        _beside(
+            "pixel_mean", "pixel_std",
+            **{
+                "proposal_generator": "region proposals",
+                "roi_heads.box_predictor": "box predictor",
+                "roi_heads.mask_head": "mask head",
+                "roi_heads.res5.norm": "norm after res5, which features do not pass",
+                "stem.fc": "classifier or projection head",
+            },
+        ),
+    ),
 )
 # fmt: on

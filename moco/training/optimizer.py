@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import torch
@@ -149,26 +148,37 @@ def build_optimizer(cfg: CfgNode, method: torch.nn.Module) -> torch.optim.Optimi
     else:
         kind = FusedSGD if fused else torch.optim.SGD
         optimizer = kind(parameters, momentum=train.SGD_MOMENTUM, **options)
-    keep_memory_order_(optimizer, fused=fused)
+    keep_own_ways_(optimizer)
     return optimizer
 
 
-def keep_memory_order_(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
-    """Let loaded states and, for `fused` kernels, gradients lie in memory as their weights do. A
-    loaded state brings the choice and the memory order of the process that saved it."""
-    after_load = functools.partial(_after_load, fused or None)
-    optimizer.register_load_state_dict_post_hook(after_load)
-    if fused:
+def plain_state(optimizer: torch.optim.Optimizer) -> dict:
+    """The state dict of an optimizer without the choice of a fused kernel, which a program that
+    loads it would take over. The tensors are the optimizer's own."""
+    state = optimizer.state_dict()
+    groups = [{**g, "fused": None} if "fused" in g else g for g in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def keep_own_ways_(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer keep its kernels when it loads a state, which brings those of the process
+    that saved it, and let what it loads and, for fused kernels, gradients lie in memory as their
+    weights do."""
+    optimizer.register_load_state_dict_post_hook(_after_load)
+    if optimizer.defaults["fused"]:
         optimizer.register_step_pre_hook(_conform_gradients)
 
 
-def _after_load(fused: bool | None, optimizer: torch.optim.Optimizer) -> None:
+def _after_load(optimizer: torch.optim.Optimizer) -> None:
+    kernels = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
     for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = fused, None
+        group.update(kernels)
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == weight.shape:
                 state[name] = _lying_like(value, weight)
+            elif name == "step" and kernels["fused"]:  # torch's fused AdamW reads it on the device
+                state[name] = value.to(weight.device)
 
 
 def _conform_gradients(optimizer: torch.optim.Optimizer, args, kwargs) -> None:

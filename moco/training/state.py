@@ -18,6 +18,7 @@ from moco.training.changes import Changes
 from moco.training.identity import WEIGHTS, RunIdentity, code_digest
 from moco.training.initial_weights import Start, is_record
 from moco.training.loss_scale import LossScale
+from moco.training.optimizer import plain_state
 
 
 def save(
@@ -42,7 +43,7 @@ def save(
         "epoch": step // identity.steps_per_epoch,
         "arch": arch,
         "state_dict": {f"module.{name}": t for name, t in method.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": plain_state(optimizer),
         "extra": {
             "step": step,
             "config": identity.config,

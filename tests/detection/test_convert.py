@@ -284,7 +284,7 @@ def refused(content: object, tmp_path: Path, match: str, out: str = "w.pth") -> 
 def test_unknown_layouts_are_refused_with_their_first_keys(tmp_path):
     vit = {"module.base_encoder.cls_token": torch.zeros(1), "b": torch.zeros(1)}
     refused({"state_dict": vit}, tmp_path, "first keys: 'module.base_encoder.cls_token', 'b'")
-    refused({"stem.conv1.weight": torch.zeros(1)}, tmp_path, "converted already")
+    refused({"stem.conv1.weight": torch.zeros(1)}, tmp_path, "first keys: 'stem.conv1.weight'")
     refused({}, tmp_path, "first keys: none")
     refused([1, 2], tmp_path, "no dict of named tensors")
     refused({1: torch.zeros(1)}, tmp_path, "no dict of named tensors")

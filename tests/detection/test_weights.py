@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from official_conversion import narrow_moco, official_conversion
 
 from detection.config import load_detection_config
 from detection.convert import convert_checkpoint
@@ -289,12 +290,36 @@ def test_other_files_are_refused(folder, tmp_path):
     torch.save({"model": {"a": 1}}, tmp_path / "number.pth")
     refused(model, tmp_path / "number.pth", "'a' is no tensor")
     torch.save({"model": {"a": torch.zeros(1)}, "best": np.float64(3)}, tmp_path / "numpy.pth")
-    refused(model, tmp_path / "numpy.pth", r"objects other than tensors.*keep the weights alone")
+    refused(model, tmp_path / "numpy.pth", r"objects other than tensors.*keep the tensors alone")
     (tmp_path / "cut.pth").write_bytes((folder / "w.pth").read_bytes()[:-500])
     refused(model, tmp_path / "cut.pth", "is not a readable checkpoint")
     refused(model, tmp_path / "none.pth", "there is no such weights file")
     (tmp_path / "text.pkl").write_bytes(pickle.dumps({"model": {"a": "b"}}))
     refused(model, tmp_path / "text.pkl", "refused, the entry 'a' is no numeric array")
+
+
+@pytest.mark.parametrize("head", ["mlp", "linear"])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_the_official_converters_file(tmp_path, head, norm):
+    """It keeps head and batch counters; Detectron2 ignores them where they have no place
+    (tests/parity/test_weights_vs_detectron2.py)."""
+    content = official_conversion(narrow_moco(TINY.tensor_shapes(), 256, head))
+    (tmp_path / "moco.pkl").write_bytes(pickle.dumps(content))
+    model = detector("MODEL.RESNETS.NORM", norm)
+    report = load_backbone_weights(model, tmp_path / "moco.pkl")
+    dropped = {what: len(names) for what, names in report.dropped.items()}
+    frozen = {"batch counters that frozen norms do not have": 53} if norm == "FrozenBN" else {}
+    kind = {"mlp": {"projection head": 4},
+            "linear": {"ImageNet classifier or linear projection head": 2}}[head]  # fmt: skip
+    assert dropped == frozen | kind and "projection head (stem.fc." in report.words()
+    state = model.state_dict()
+    weights = content["model"]["res5.2.conv3.norm.running_var"]
+    loaded = state["roi_heads.res5.2.conv3.norm.running_var"]
+    assert np.array_equal(loaded, weights) and len(report.loaded) == (265 if frozen else 318)
+    # Negative control: what is no head is refused still.
+    content["model"]["stem.extra.weight"] = content["model"]["stem.conv1.weight"]
+    (tmp_path / "odd.pkl").write_bytes(pickle.dumps(content))
+    refused(model, tmp_path / "odd.pkl", "1 tensors fit nothing in the model: stem.extra.weight")
 
 
 @pytest.mark.detectron2

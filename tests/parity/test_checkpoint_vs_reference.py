@@ -10,18 +10,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torchvision
+from default_runs import as_before
 from parity.moco_sides import CASES, NUM_STEPS, STEPS_PER_EPOCH, MocoCase, Ours, Reference
 
 from moco import cfgnode
 from moco.errors import CheckpointError
 from moco.methods.moco import MoCo
 from moco.training import state
-from moco.training.checkpoint import read_torch_file
+from moco.training.checkpoint import latest_verified, read_torch_file
 from moco.training.identity import RunIdentity
 from moco.training.layouts import read_backbone
 
@@ -121,6 +123,41 @@ def test_our_file_continues_there(reference_at_hand, tmp_path, name):
     train(ours, STOP, NUM_STEPS)
     continued(theirs, case)
     assert equal(tensors(theirs), tensors(ours))
+
+
+def one_step(case: MocoCase, load) -> dict[str, torch.Tensor]:
+    """All learned state of the reference after `load(side)` and a step."""
+    side = Reference(other_start(case))
+    load(side)
+    side.step(0)
+    return tensors(side)
+
+
+@live
+def test_a_default_runs_file_continues_there(reference_at_hand, default_runs):
+    """tools/pretrain.py with its fast defaults; main_moco.py resumes as above. What is right comes
+    from the values alone, put into the reference's own tensors."""
+    case = MocoCase(arch="resnet50", width=0.5, stem="imagenet", size=32, dim=128)
+    content = read_torch_file(latest_verified(default_runs.run)[0])
+    assert not content["extra"]["config"]["TRAIN"]["REFERENCE"]
+
+    def resume(side, content=content):
+        side.model.load_state_dict(content["state_dict"])
+        side.optimizer.load_state_dict(content["optimizer"])
+
+    def fill(side):
+        side.model.load_state_dict(content["state_dict"])
+        for number, weight in enumerate(side.model.parameters()):
+            if number in content["optimizer"]["state"]:
+                momentum = torch.zeros(weight.shape)
+                momentum.copy_(content["optimizer"]["state"][number]["momentum_buffer"])
+                side.optimizer.state[weight]["momentum_buffer"] = momentum
+
+    right = one_step(case, fill)
+    assert equal(one_step(case, resume), right)
+    # Negative control: the file as it was written before.
+    wrong = one_step(case, partial(resume, content=as_before(content)))
+    assert sum(not torch.equal(wrong[name], right[name]) for name in right) >= 17
 
 
 @live

@@ -17,6 +17,7 @@ from detectron2.engine import SimpleTrainer, hooks  # noqa: E402
 from detectron2.modeling import build_model as build_theirs  # noqa: E402
 from detectron2.solver import build_lr_scheduler  # noqa: E402
 from detectron2.solver import build_optimizer as build_their_optimizer  # noqa: E402
+from official_conversion import narrow_moco, official_conversion  # noqa: E402
 from parity import caffe2_files, detectron2_side  # noqa: E402
 from parity.cases import MOCO_YAML, SUPERVISED_YAML  # noqa: E402
 
@@ -26,6 +27,7 @@ from detection.engines.embedded.engine import EmbeddedEngine  # noqa: E402
 from detection.engines.embedded.faster_rcnn import build_model  # noqa: E402
 from detection.engines.embedded.run_state import save_state  # noqa: E402
 from detection.engines.embedded.solver import build_optimizer  # noqa: E402
+from detection.keymap import ResNetShape  # noqa: E402
 from detection.weights import load_backbone_weights  # noqa: E402
 from moco.errors import CheckpointError  # noqa: E402
 
@@ -204,8 +206,26 @@ def test_their_own_conversion_of_torchvision(tmp_path):
     path.write_bytes(pickle.dumps(content))
     report = load_backbone_weights(ours, path)
     load_theirs(theirs, path)
-    assert report.dropped == {"ImageNet classifier": ["stem.fc.weight"]}
+    what = "ImageNet classifier or linear projection head"
+    assert report.dropped == {what: ["stem.fc.weight"]}
     assert len(report.missing) == 14
+    assert_equal_states(ours, theirs)
+
+
+@pytest.mark.parametrize("head", ["mlp", "linear"])
+def test_the_official_conversion_of_moco(tmp_path, head):
+    """facebookresearch/moco: detection/convert-pretrain-to-detectron2.py, from a file of v2 or v1:
+    the head and 53 batch counters are in it."""
+    ours, theirs = models(MOCO_YAML, {})
+    shape = ResNetShape(50, caffe2_files.STEM, caffe2_files.RES2, caffe2_files.WIDTH)
+    checkpoint = narrow_moco(shape.tensor_shapes(), 8 * caffe2_files.RES2, head)
+    (tmp_path / "moco.pkl").write_bytes(pickle.dumps(official_conversion(checkpoint)))
+    report = load_backbone_weights(ours, tmp_path / "moco.pkl")
+    seen = load_theirs(theirs, tmp_path / "moco.pkl")
+    [(what, names)] = report.dropped.items()
+    assert "projection head" in what and len(names) == {"mlp": 4, "linear": 2}[head]
+    assert sorted(seen.unexpected) == sorted(names) and len(report.missing) == 14
+    assert len(ours.state_dict()) == 333
     assert_equal_states(ours, theirs)
 
 

@@ -15,6 +15,7 @@ from detection.engines.base import Run
 from detection.engines.embedded.randomness import Randomness
 from detection.engines.run_files import load_optimizer, read_state, write_state
 from moco.errors import CheckpointError
+from moco.training.optimizer import plain_state
 
 ENGINE = "embedded"
 
@@ -36,7 +37,7 @@ def save_state(
         recent_losses: of `Progress`.
         fields: more of the manifest.
     """
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    content = {"model": model.state_dict(), "optimizer": plain_state(optimizer)}
     if random_states is not None:
         content["random_states"] = random_states
     if recent_losses is not None:

@@ -17,7 +17,7 @@ from torch import nn
 from detection.engines.embedded.norm import TRAINABLE_NORMS
 from moco.cfgnode import CfgNode
 from moco.errors import ConfigError
-from moco.training.optimizer import FusedSGD, keep_memory_order_
+from moco.training.optimizer import FusedSGD, keep_own_ways_
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
@@ -52,10 +52,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
         "weight_decay": solver.WEIGHT_DECAY,
         "nesterov": solver.NESTEROV,
     }
-    if cfg.MODEL.COMPILE != "kernels":
-        return torch.optim.SGD(param_groups, **options, foreach=True)
-    optimizer = FusedSGD(param_groups, **options)
-    keep_memory_order_(optimizer, fused=True)
+    if cfg.MODEL.COMPILE == "kernels":
+        optimizer = FusedSGD(param_groups, **options)
+    else:
+        optimizer = torch.optim.SGD(param_groups, **options, foreach=True)
+    keep_own_ways_(optimizer)
     return optimizer
 
 

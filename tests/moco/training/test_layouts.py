@@ -127,7 +127,7 @@ def spoiled(part: dict, name: str) -> None:
 DAMAGES = {
     "a missing tensor": (lambda part, name: part.pop(name), "1 tensors are missing: layer3.0.bn2"),
     "another shape": (misshapen, r"'layer3.0.bn2.running_var' has shape \(3,\), this resnet18"),
-    "NaN": (spoiled, r"0\.bn2\.running_var' holds NaN or Inf"),
+    "NaN": (spoiled, r"0\..*\.running_var' holds NaN or Inf"),
     "no tensor": (lambda part, name: part.update({name: "x"}), "is no tensor of floats"),
     "an unknown tensor": (
         lambda part, name: part.update({f"{name}2": torch.zeros(1)}),
@@ -144,10 +144,12 @@ DAMAGES = {
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_named_in_one_line(encoders, name, damage):
     content = FILES[name][0](*encoders[stem_of(name)])
-    number = "6" if name == "lightly, example" else "layer3"
+    end = "6.0.bn2" if name in ("lightly, example", "seco") else "layer3.0.bn2"
+    if name.startswith("hugging face"):
+        end = "stages.2.layers.0.layer.1.normalization"
     change, message = DAMAGES[damage]
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_backbone(changed(content, f"{number}.0.bn2.running_var", change), "f.pth")
+        read_backbone(changed(content, f"{end}.running_var", change), "f.pth")
     assert str(caught.value).startswith("f.pth: ") and "\n" not in str(caught.value)
 
 
@@ -362,3 +364,37 @@ def test_numbers_are_positions_among_the_children():
     sequential = torch.nn.Sequential(*list(network.children())[:-1])
     state = {n: t for n, t in network.state_dict().items() if not n.startswith("fc.")}
     assert equal(numbered(state), dict(sequential.state_dict()))
+
+
+def test_left_over_names_are_dropped_when_told(encoders):
+    """The message names the flag; what is part of the network is never dropped."""
+    query, key = encoders[7]
+    content = moco(query, key)
+    content["state_dict"] |= some("module.ema.decay", "module.ema.count", "module.probe.weight")
+    with pytest.raises(CheckpointError, match="add --drop ema, else give another checkpoint"):
+        read_backbone(content, "f.pth")
+    with pytest.raises(CheckpointError, match="'module.probe.weight' is neither .*--drop probe"):
+        read_backbone(content, "f.pth", drop=("ema",))
+    for drop in (("ema", "probe"), ("module.ema.", "module.probe")):
+        found = read_backbone(content, "f.pth", drop=drop)
+        assert equal(found.state, query)
+        assert found.dropped[f"--drop {drop[0]}"] == ["module.ema.decay", "module.ema.count"]
+    with pytest.raises(CheckpointError, match="--drop queue: no name that is unknown begins so"):
+        read_backbone(content, "f.pth", drop=("ema", "probe", "queue"))
+    content["state_dict"]["module.encoder_q.layer1.0.se.weight"] = torch.zeros(1)
+    for drop, message in (
+        (("ema", "probe"), "not part of it: layer1.0.se.weight"),
+        (("ema", "probe", "encoder_q.layer1.0.se"), "--drop encoder_q.layer1.0.se: no name that"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_backbone(content, "f.pth", drop=drop)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_other_numbers_of_channels_are_named(encoders, channels):
+    state = {**encoders[7][0], "conv1.weight": torch.zeros(8, channels, 7, 7)}
+    with pytest.raises(CheckpointError, match=f"takes images of {channels} channels; allowed: 1, 3, 4"):
+        read_backbone(state)
+    vit = {**small_vit(), "patch_embed.proj.weight": torch.zeros(24, channels, 16, 16)}
+    with pytest.raises(CheckpointError, match=f"takes images of {channels} channels; allowed: 1, 3, 4"):
+        read_backbone(vit)
