@@ -32,6 +32,7 @@ from moco.training.prefetch import ahead_on_device
 from moco.training.progress import EpochRecord, Observer, StepRecord
 from moco.training.retention import Retention
 from moco.training.schedule import step_values
+from moco.training.seen_images import SeenImages
 from moco.training.shares import Shares
 from moco.training.signals import caught_signals, cut_short
 from moco.training.step import train_step
@@ -50,6 +51,7 @@ class Trainer:
         resume_from: where `output_dir` holds no checkpoint, continue from this file.
         elastic: continue with another number of processes than the checkpoint's.
         allow_change: configuration keys, and "data", that may differ from the checkpoint's.
+        excluded: what was left out of the images, for the record (`moco.data.exclude`).
     Raises: ConfigError, CheckpointError before any image is read.
     """
 
@@ -64,11 +66,12 @@ class Trainer:
         resume_from: str | None = None,
         elastic: bool = False,
         allow_change: Sequence[str] = (),
+        excluded: Sequence[dict] = (),
         say: Callable[[str], None] = print,
     ):
         cfg = acceleration.resolve(cfg, process.device).cfg
         self.cfg, self.source, self.process, self.say = cfg, source, process, say
-        self.output_dir = output_dir
+        self.output_dir, self.excluded = output_dir, excluded
         check_batch(cfg, source, process.world_size)
         self.identity = state.RunIdentity.of(cfg, source, process.world_size)
         check_same_job(self.identity)
@@ -80,10 +83,11 @@ class Trainer:
         acceleration.accelerate_(self.method, cfg)
         self.optimizer = build_optimizer(cfg, self.method)
         self.first_step, self.changes = 0, Changes(allow_change)
+        self.seen = SeenImages(len(source), process)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
-                elastic=elastic, changes=self.changes, say=say,
+                elastic=elastic, changes=self.changes, seen=self.seen, say=say,
             )  # fmt: skip
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
         self.changes.say_unused(say)
@@ -135,7 +139,7 @@ class Trainer:
         cfg = self.cfg
         loader = build_loader(
             cfg, self.source, self.process, first_step=self.first_step, last_step=self.total_steps,
-            output_dir=self.output_dir,
+            output_dir=self.output_dir, seen=self.seen,
         )  # fmt: skip
         shares = Shares(loader, self.process, replaces=cfg.DATA.MAX_BAD_FRACTION > 0)
         if self.first_step == 0:
@@ -199,6 +203,7 @@ class Trainer:
         A signal cuts an evaluation short, but not the last: no resume would make up for it."""
         epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
         self.guard.settle()
+        self.seen.gather(self.last_step)
         if epoch and self._is_saved(epoch):
             self._save(milestone=True)
         period, metrics = self.cfg.KNN.PERIOD, {}
@@ -219,7 +224,7 @@ class Trainer:
         self.retention.sweep()
         epochs = range(self.first_step // self.steps_per_epoch + 1, self.cfg.TRAIN.EPOCHS + 1)
         self.retention.check_space(
-            checkpoint_bytes=state.checkpoint_bytes(self.method, self.optimizer),
+            checkpoint_bytes=state.checkpoint_bytes(self.method, self.optimizer, self.seen),
             steps=[epoch * self.steps_per_epoch for epoch in epochs if self._is_saved(epoch)],
         )
 
@@ -233,6 +238,7 @@ class Trainer:
         check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
         if self.last_step == self.total_steps:
             say_that_ranks_agree(self.method, self.say)
+        self.seen.gather(self.last_step)
         self.saved_step = self.last_step
         distributed.on_main(lambda: self._write(self.output_dir / f"{name}.pth.tar"))
 
@@ -245,5 +251,7 @@ class Trainer:
             arch=self.cfg.MODEL.ARCH,
             identity=self.identity,
             changes=self.changes,
+            seen=self.seen,
+            excluded=self.excluded,
         )
         self.retention.prune(written=path)
