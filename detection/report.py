@@ -130,6 +130,7 @@ def _origin(results: dict) -> str:
         f"- engine: {results['engine']} ({_versions(results['versions'])})",
         f"- metric: {results['metric']}",
         f"- weights: {start}",
+        *_leak(results),
         f"- config digest: {results['config_digest']} (all keys in `config.yaml`)",
     ]
     others = {_versions(trial["versions"]) for trial in results["trials"]}
@@ -137,6 +138,11 @@ def _origin(results: dict) -> str:
     if others:
         lines.append(f"- some trials ran with other versions: {'; '.join(sorted(others))}")
     return "\n".join(lines)
+
+
+def _leak(results: dict) -> list[str]:
+    leak = results.get("test_images_in_pretraining")  # results of before it have none
+    return [f"- test images: {leak['words']}"] if leak else []
 
 
 def _published_table(results: dict, published: dict) -> str:

@@ -20,6 +20,7 @@ from detection.config import check_processes
 from detection.data.datasets import DetectionData, check_and_load
 from detection.data.masks import check_masks
 from detection.engines.base import Engine, Run, TrainingStopped
+from detection.leaks import check_leak, line_of
 from detection.pictures import save_detection_pictures
 from detection.report import write_report
 from detection.run_folder import (
@@ -62,6 +63,7 @@ class Job:
     config_digest: str
     base_seed: int
     output_dir: Path
+    leak: dict | None = None  # of `check_leak`; on rank 0
 
     def run(self, folder: Path, seed: int, *, resume: bool, eval_only: bool = False) -> Run:
         return Run(
@@ -105,6 +107,7 @@ def prepare(
         config_digest=run_digest(cfg, weights["sha256"], engine.name),
         base_seed=max(cfg.SEED, 0),
         output_dir=output_dir,
+        leak=check_leak(path, data.test_records) if process.is_main else None,
     )
     if process.is_main:
         _print_summary(job, why, loaded)
@@ -132,6 +135,8 @@ def _print_summary(job: Job, why: str, loaded: str) -> None:
     for line in data.report.lines():
         print(f"  {line}")
     print(f"weights: {loaded}")
+    if line := line_of(job.leak):
+        print(line)
     seed_note = f" (SEED is {cfg.SEED}; negative means 0 here)" if cfg.SEED < 0 else ""
     print(f"config digest {job.config_digest}, first seed {job.base_seed}{seed_note}", flush=True)
 
@@ -257,6 +262,7 @@ def collect(job: Job, trials: Sequence[dict]) -> dict:
         "dataset": job.data.test_name,
         "metric": metric_in_words(job.data, job.cfg),
         "weights": job.weights,
+        **_leak(job),
         "num_trials": len(trials),
         **summarise(trials),
         **({"detectron2_evaluator": second} if second else {}),
@@ -324,10 +330,15 @@ def _result(job: Job, run: Run, started: float | None, **scores: object) -> dict
         "metric": metric_in_words(job.data, job.cfg),
         "seed": run.seed,
         "weights": job.weights,
+        **_leak(job),
         "num_processes": job.process.world_size,
         "seconds": None if started is None else round(time.perf_counter() - started, 1),
         **scores,
     }
+
+
+def _leak(job: Job) -> dict:
+    return {"test_images_in_pretraining": job.leak} if job.leak else {}
 
 
 def _versions(job: Job) -> dict[str, str]:

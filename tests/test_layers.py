@@ -34,14 +34,17 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
 }  # fmt: skip
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.distributed",
-    "moco.training", "moco.training.checkpoint", "moco.training.layouts",
-    "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
+    "moco.data", "moco.data.image_hash",  # one hash for both sides of a comparison
+    "moco.training", "moco.training.checkpoint", "moco.training.image_record",
+    "moco.training.layouts", "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
     "moco.benchmarks", "moco.benchmarks.record",
     "moco.reporting", "moco.reporting.page",
 }  # fmt: skip
 
 
-PACKAGES = {"moco", "moco.training", "moco.benchmarks", "moco.reporting"}  # not what is in them
+PACKAGES = {  # not what is in them
+    "moco", "moco.data", "moco.training", "moco.benchmarks", "moco.reporting",
+}  # fmt: skip
 
 
 def imports(path):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from moco.data.augment_device import BOX, crop_batch
 from moco.data import image_hash
+from moco.data.augment_device import BOX, crop_batch
 from moco.data.decode import read_rgb
 from moco.data.first_sight import FirstSight, Seen, joined
 from moco.data.images import ImageSource

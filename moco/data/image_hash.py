@@ -6,8 +6,8 @@ thumbnail's cosine transform. Copies differ in a few bits, other images in about
 for no perceptual hash: an image of one colour has no signs. What thresholds find and miss, and what
 a row costs: docs/LEAKS.md.
 
-The package ImageHash has the same idea, but looks at every pixel, in Python: its `phash` takes longer
-than decoding does. Neither hash is made to withstand someone who wants to hide an image.
+The package ImageHash has the same idea, but looks at every pixel by Pillow: its `phash` takes about
+as long as decoding. Neither hash is made to withstand someone who wants to hide an image.
 """
 
 from __future__ import annotations

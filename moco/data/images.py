@@ -95,6 +95,14 @@ def find_images(root: str | os.PathLike) -> ImageSource | ShardSource:
     return _read_class_folders(root, folders)
 
 
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """The images in and below a folder, by their paths relative to it, sorted by folder and name.
+
+    Raises: DataError where it cannot be listed.
+    """
+    return list(_images_under(folder))
+
+
 def split_folders(root: str | os.PathLike) -> list[str]:
     """The splits of a folder (train, and val, test ... beside it); none where it has no splits."""
     images, folders = _list_folder(Path(root).expanduser())

@@ -1,7 +1,7 @@
-"""Which images weights were trained on, as hashes: what a checkpoint keeps and converted files carry.
+"""Which images weights were trained on, as hashes: checkpoints keep it, converted files carry it.
 
-A checkpoint holds it under `extra`. Beside weights made from it lies `<weights>.images.safetensors`,
-named with its SHA-256 in the report of the conversion or export.
+A checkpoint holds it under `extra`. Beside weights made from one lies
+`<weights>.images.safetensors`, named with its SHA-256 in the report of the conversion or export.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _read_beside(path: Path, report: Path) -> ImageRecord | Unknown:
     if content.get("output_sha256") != sha256_of(path):
         return Unknown(f"{report} is of other weights than {path.name}")
     if not isinstance(found, dict):
-        return Unknown(f"{report} says nothing of images: an older version of this project wrote it")
+        return Unknown(f"{report} has no record of images; an older version wrote it")
     if "file" not in found:
         return Unknown(str(found.get("unknown", f"{report} does not say")))
     file = path.with_name(Path(str(found["file"])).name)
