@@ -33,7 +33,11 @@ def joined(parts: list[Seen | None]) -> Seen | None:
 
 
 class SeenFlags:
-    """A flag an image, shared with loader workers: whether it is hashed already."""
+    """A flag an image, shared with loader workers: whether its hash has arrived.
+
+    The main process sets them, in the order of the steps. A worker that did would keep an earlier
+    batch, which another worker is still at, from naming an image it shows.
+    """
 
     def __init__(self, num_images: int):
         self.shared = multiprocessing.RawArray("B", num_images)
@@ -50,7 +54,7 @@ class SeenFlags:
 
 
 class FirstSight:
-    """A source whose images are hashed as they are read; each once, by whichever worker has it.
+    """A source whose images are hashed as they are read, as long as they are not flagged.
 
     In everything else it is the source. `note` gives it the pixels, `take` what it has.
     """
@@ -94,7 +98,6 @@ class FirstSight:
             index = np.array(found, np.int64)
             exact = [self._exact[number] for number in found]
             seen = Seen(index, image_hash.rows_of(exact, list(self._thumbnails.values())))
-            self._flags.mark(index)
         self._exact.clear()
         self._thumbnails.clear()
         return seen

@@ -48,6 +48,7 @@ class SeenImages:
     def add(self, step: int, seen: Seen) -> None:
         """Images in the batch of `step` (0 is the first) that are seen for the first time."""
         new = ~self._known[seen.index]
+        self.flags.mark(seen.index)
         if new.any():
             self._waiting.append((step, Seen(seen.index[new], seen.rows[new])))
 
