@@ -37,8 +37,8 @@ def save(
     Args: as of `restore`; changes: those of the run so far; excluded: of `Trainer`.
     """
     made = changes.all() if changes else []
-    images = {SEEN_IMAGES: seen.state()} if seen else {}
-    summary = {SEEN_IMAGES: seen.summary()} if seen else {}
+    images = {} if seen is None else {SEEN_IMAGES: seen.state()}
+    summary = {} if seen is None else {SEEN_IMAGES: seen.summary()}
     content = {
         "epoch": step // identity.steps_per_epoch,
         "arch": arch,
@@ -196,4 +196,4 @@ def checkpoint_bytes(
     moments = 2 if "betas" in optimizer.defaults else 1
     trainable = [p for p in method.parameters() if p.requires_grad]
     tensors = ckpt.tensor_bytes(method.state_dict()) + moments * ckpt.tensor_bytes(trainable)
-    return tensors + (seen.max_bytes if seen else 0)
+    return tensors + (0 if seen is None else seen.max_bytes)
