@@ -63,6 +63,9 @@ ROWS = {
     "R21": ("hostile .pth, .pkl, .yaml, .tar, .xml and safetensors files",
             "refused in less than 1 s and 200 MB, no code run"),
     "R22": ("2,000 steps", "memory, files and processes flat, all released at exit"),
+    "R24": ("test images in the pretraining set, also re-encoded and resized; excluded; weights "
+            "without a record",
+            "each counted and no other; never trained on; unknown, with the reason"),
     "fuzz": ("seeded draws of VOC XML, weights, shard indexes, configurations (hypothesis)",
              "a valid result or one line of error"),
 }  # fmt: skip

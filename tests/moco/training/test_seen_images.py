@@ -1,4 +1,4 @@
-"""The images a run has trained on: in its checkpoints, over stops, ranks and changes of the list."""
+"""The images a run has trained on: in checkpoints, over stops, ranks and changes of the list."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from pretrain_runs import make_images
 from processes import in_processes
 
+from moco.data.first_sight import Seen
 from moco.data.image_hash import ROW_BYTES, hash_file
 from moco.data.images import find_images
 from moco.data.sampler import EpochStream
@@ -129,8 +131,6 @@ def test_another_list_of_images_keeps_those_of_before(images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     rng = np.random.default_rng(9)
-    from PIL import Image
-
     for number in range(40):
         pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(other / f"{number:02d}.png")
@@ -144,8 +144,6 @@ def test_a_checkpoint_without_extra_has_unknown_images_for_good(images, tmp_path
     process = ProcessInfo(0, 1, 0, torch.device("cpu"))
     seen = SeenImages(3, process)
     seen.restore("theirs.pth.tar", None, step=400, same_images=False)
-    from moco.data.first_sight import Seen
-
     seen.add(400, Seen(np.arange(3), np.ones((3, ROW_BYTES), np.uint8)))
     seen.gather(401)
     assert seen.lacks == "the first 400 steps were not recorded (theirs.pth.tar)"
