@@ -9,7 +9,7 @@ import numpy as np
 
 from detection.run_folder import RESULT_FILE
 from detection.weights_file import find_weights
-from moco.data import image_hash
+from moco.data import image_rows
 from moco.errors import MocoError
 from moco.training.checkpoint import read_json, sha256_of
 from moco.training.image_record import ImageRecord, Unknown, record_beside
@@ -43,14 +43,16 @@ def check_leak(
         )
         counts = dict.fromkeys(("num_exact", "num_near", "num_pretraining"))
         return {"words": words, "known": "no", "num_test": len(test_records), **counts, "first": []}
+    from moco.data import image_hash  # with OpenCV, which detection needs for nothing else
+
     names = [record["file_name"] for record in test_records]
     if len(names) > _FEW_IMAGES:
         say(f"comparing {len(names)} test images with {len(record.rows)} of the pretraining")
     rows = np.stack(list(image_hash.in_threads(image_hash.hash_file, names)))
-    found = image_hash.match(rows, record.rows)
+    found = image_rows.match(rows, record.rows)
     counts = {
-        "num_exact": int((found.kind == image_hash.EXACT).sum()),
-        "num_near": int((found.kind == image_hash.NEAR).sum()),
+        "num_exact": int((found.kind == image_rows.EXACT).sum()),
+        "num_near": int((found.kind == image_rows.NEAR).sum()),
         "num_pretraining": len(record.rows),
     }
     first = [Path(names[number]).name for number in np.flatnonzero(found.kind)[:_NAMES_SHOWN]]
@@ -121,7 +123,7 @@ def _start_of_run(folder: Path) -> ImageRecord | Unknown | None:
     weights = content.get("weights") if isinstance(content, dict) else None
     weights = weights if isinstance(weights, dict) else {}
     if not weights.get("path"):
-        return ImageRecord(np.zeros((0, image_hash.ROW_BYTES), np.uint8))
+        return ImageRecord(np.zeros((0, image_rows.ROW_BYTES), np.uint8))
     try:
         path = find_weights(weights["path"])
         same = sha256_of(path) == weights.get("sha256")

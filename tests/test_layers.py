@@ -34,7 +34,7 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
 }  # fmt: skip
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.distributed",
-    "moco.data", "moco.data.image_hash",  # one hash for both sides of a comparison
+    "moco.data", "moco.data.image_hash", "moco.data.image_rows",  # as pretraining has them
     "moco.training", "moco.training.checkpoint", "moco.training.image_record",
     "moco.training.layouts", "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
     "moco.benchmarks", "moco.benchmarks.record",

@@ -18,6 +18,7 @@ from moco.data import image_hash
 from moco.data.augment_device import BOX, crop_batch
 from moco.data.decode import read_rgb
 from moco.data.first_sight import FirstSight, Seen, joined
+from moco.data.image_rows import EXACT_BYTES
 from moco.data.images import ImageSource
 from moco.data.reading import unreadable
 from moco.errors import ConfigError, DataError
@@ -161,4 +162,4 @@ def _add_pixels(
     if decoded:
         thumbnails = np.stack([image_hash.thumbnail_on_device(images[n]) for n in decoded])
         rows = [place[index[n]] for n in decoded]
-        seen.rows[rows, image_hash.EXACT_BYTES :] = image_hash.near_hashes(thumbnails)
+        seen.rows[rows, EXACT_BYTES :] = image_hash.near_hashes(thumbnails)

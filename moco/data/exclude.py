@@ -3,7 +3,7 @@
 What is left out may be named by a VOC folder and split, a COCO file, a folder, a pack or a list
 (`find_excluded`). An image of the source is left out where its bytes are those of one of them,
 under whatever name, or where it is a near copy of one: re-encoded or resized
-(`moco.data.image_hash`).
+(`moco.data.image_rows`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moco.data import image_hash
+from moco.data import image_hash, image_rows
 from moco.data.images import IMAGE_SUFFIXES, ImageSource, find_images, list_images
 from moco.data.reading import UnreadableImage, read_file
 from moco.data.shard_index import is_pack
@@ -233,14 +233,14 @@ def leave_out(
         sizes = np.concatenate([_sizes(e.source) for e in exclusions])
         pool = np.concatenate([_rows_of_bytes(e.source, sizes) for e in exclusions])
         rows = _rows_of_bytes(source, sizes)
-    found = image_hash.match(rows, pool)
+    found = image_rows.match(rows, pool)
     images, counts = [], [
         {"exclude": e.what, "num_named": len(e.source), "num_exact": 0, "num_near": 0}
         for e in exclusions
     ]
     for index in np.flatnonzero(found.kind).tolist():
         partner = int(found.partner[index])
-        match = "exact" if found.kind[index] == image_hash.EXACT else "near"
+        match = "exact" if found.kind[index] == image_rows.EXACT else "near"
         counts[owners[partner]][f"num_{match}"] += 1
         images.append({
             "path": source.paths[index], "like": paths[partner],
@@ -264,9 +264,9 @@ def _rows(
         except UnreadableImage:
             if not skip_unreadable:
                 raise
-            return np.zeros(image_hash.ROW_BYTES, np.uint8)
+            return np.zeros(image_rows.ROW_BYTES, np.uint8)
 
-    rows = np.empty((len(source), image_hash.ROW_BYTES), np.uint8)
+    rows = np.empty((len(source), image_rows.ROW_BYTES), np.uint8)
     said = time.monotonic()
     for number, found in enumerate(image_hash.in_threads(row, range(len(source)))):
         rows[number] = found
@@ -278,7 +278,7 @@ def _rows(
 
 def _rows_of_bytes(source: ImageSource | ShardSource, sizes: np.ndarray) -> np.ndarray:
     """uint8 [N, 24]: SHA-256, as far as it goes, of the files that have one of `sizes`."""
-    rows = np.zeros((len(source), image_hash.ROW_BYTES), np.uint8)
+    rows = np.zeros((len(source), image_rows.ROW_BYTES), np.uint8)
     candidates = np.flatnonzero(np.isin(_sizes(source), sizes))
     if isinstance(source, ShardSource):
         digests = source.index.samples["sha256"][candidates]
@@ -288,7 +288,7 @@ def _rows_of_bytes(source: ImageSource | ShardSource, sizes: np.ndarray) -> np.n
             for digest in image_hash.in_threads(lambda i: _sha256(source, i), candidates.tolist())
         ]
     if len(candidates):
-        rows[candidates, : image_hash.EXACT_BYTES] = np.stack(digests)[:, : image_hash.EXACT_BYTES]
+        rows[candidates, : image_rows.EXACT_BYTES] = np.stack(digests)[:, : image_rows.EXACT_BYTES]
     return rows
 
 
@@ -316,7 +316,7 @@ def _key(
     source: ImageSource | ShardSource, exclusions: Sequence[Excluded], near_copies: bool
 ) -> str:
     """16 hex digits: names, sizes and times of all files, and how they are compared."""
-    sha = hashlib.sha256(f"{near_copies} {image_hash.MAX_DISTANCE}".encode())
+    sha = hashlib.sha256(f"{near_copies} {image_rows.MAX_DISTANCE}".encode())
     for what, one in [("", source), *((e.what, e.source) for e in exclusions)]:
         sha.update(f"{what} {len(one)}\n".encode())
         if isinstance(one, ShardSource):

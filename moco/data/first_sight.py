@@ -18,7 +18,7 @@ _NO_PIXELS = np.zeros((image_hash.THUMBNAIL,) * 2, np.uint8)  # of one colour: n
 
 
 class Seen(NamedTuple):
-    """Rows of images: index int64 [n], their numbers; rows uint8 [n, 24] of `image_hash`."""
+    """Rows of images: index int64 [n], their numbers; rows uint8 [n, 24] of `image_rows`."""
 
     index: np.ndarray
     rows: np.ndarray

@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError
 
-from moco.data.image_hash import ROW_BYTES
+from moco.data.image_rows import ROW_BYTES
 from moco.errors import CheckpointError
 from moco.training.checkpoint import read_json, sha256_of, write_atomic
 
@@ -33,7 +33,7 @@ class ImageRecord:
     """The images that weights have seen.
 
     Attributes:
-        rows: uint8 [n, 24] of `moco.data.image_hash`.
+        rows: uint8 [n, 24] of `moco.data.image_rows`.
         lacks: why images may be missing; "" where none is.
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moco.data.first_sight import Seen, SeenFlags, joined
-from moco.data.image_hash import ROW_BYTES
+from moco.data.image_rows import ROW_BYTES
 from moco.distributed import ProcessInfo, all_gather_cat
 from moco.errors import CheckpointError
 from moco.training.image_record import FORMAT, checked_rows, merged

@@ -17,7 +17,7 @@ from scripts import load_tool
 from detection import leaks
 from detection.convert import convert_checkpoint
 from moco.benchmarks.pictures import natural_picture
-from moco.data import exclude, image_hash
+from moco.data import exclude, image_hash, image_rows
 from moco.errors import CheckpointError
 from moco.training import checkpoint as ckpt
 from moco.training.image_record import ImageRecord
@@ -87,12 +87,12 @@ def records(base: Path) -> list[dict]:
     return [{"file_name": str(p)} for p in sorted((base / "VOC" / "JPEGImages").iterdir())]
 
 
-def num_right(base: Path, rows: np.ndarray, max_distance: int = image_hash.MAX_DISTANCE) -> int:
+def num_right(base: Path, rows: np.ndarray, max_distance: int = image_rows.MAX_DISTANCE) -> int:
     """How many of the ten test images are called what they are."""
     wanted = {f"t{seed}.jpg": kind for kind, made in LEAKED.items() for seed in made}
     names = [Path(r["file_name"]) for r in records(base)]
-    found = image_hash.match(np.stack([image_hash.hash_file(n) for n in names]), rows, max_distance)
-    kinds = {image_hash.EXACT: "exact", image_hash.NEAR: "near"}
+    found = image_rows.match(np.stack([image_hash.hash_file(n) for n in names]), rows, max_distance)
+    kinds = {image_rows.EXACT: "exact", image_rows.NEAR: "near"}
     return sum(
         kinds.get(int(kind)) == wanted.get(name.name)
         for name, kind in zip(names, found.kind, strict=True)

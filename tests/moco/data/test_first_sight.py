@@ -18,7 +18,8 @@ from moco.data.bad_images import BadImages
 from moco.data.decode import decode_plain_jpeg
 from moco.data.device_crops import GpuDecoder
 from moco.data.first_sight import FirstSight, SeenFlags
-from moco.data.image_hash import EXACT_BYTES, ROW_BYTES, hash_file
+from moco.data.image_hash import hash_file
+from moco.data.image_rows import EXACT_BYTES, ROW_BYTES
 from moco.data.images import find_images
 from moco.data.loader import build_pretrain_loader
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from moco.benchmarks.pictures import natural_jpeg, natural_picture
-from moco.data import image_hash
+from moco.data import image_hash, image_rows
 from moco.data.decode import decode_plain_jpeg
-from moco.data.image_hash import DIFFERENT, EXACT, EXACT_BYTES, NEAR, match, near_hashes, thumbnail
+from moco.data.image_hash import near_hashes, thumbnail
+from moco.data.image_rows import DIFFERENT, EXACT, EXACT_BYTES, NEAR, match
 
 PICTURES = [natural_picture(seed, 200, 150) for seed in range(24)]  # RGB
 
@@ -70,7 +71,7 @@ def test_copies_are_near_and_other_pictures_are_not(copy):
     for number in range(len(PICTURES)):  # control: its own original away, nothing matches
         others = np.delete(pool, number, axis=0)
         assert match(rows[number : number + 1], others).kind.tolist() == [DIFFERENT]
-        assert distances(rows[number], others).min() > 2 * image_hash.MAX_DISTANCE
+        assert distances(rows[number], others).min() > 2 * image_rows.MAX_DISTANCE
 
 
 def test_equal_files_match_by_their_bytes_whatever_is_near():
@@ -86,9 +87,9 @@ def test_equal_files_match_by_their_bytes_whatever_is_near():
 
 
 def test_match_is_that_of_all_pairs_one_by_one(monkeypatch):
-    monkeypatch.setattr(image_hash, "_BLOCK", 7)  # several blocks on both sides
+    monkeypatch.setattr(image_rows, "_BLOCK", 7)  # several blocks on both sides
     rng = np.random.default_rng(0)
-    pool = rng.integers(0, 256, (40, image_hash.ROW_BYTES), dtype=np.uint8)
+    pool = rng.integers(0, 256, (40, image_rows.ROW_BYTES), dtype=np.uint8)
     rows = pool[rng.permutation(40)[:20]].copy()
     for number in range(20):  # up to 19 bits away, the bytes changed too
         bits = np.unpackbits(rows[number, EXACT_BYTES:])
@@ -97,11 +98,11 @@ def test_match_is_that_of_all_pairs_one_by_one(monkeypatch):
         rows[number, 0] ^= 1
     found = match(rows, pool)
     apart = np.stack([distances(r, pool) for r in rows])
-    near = apart.min(1) <= image_hash.MAX_DISTANCE
+    near = apart.min(1) <= image_rows.MAX_DISTANCE
     assert 0 < near.sum() < 20
     assert (found.kind == np.where(near, NEAR, DIFFERENT)).all()
     assert (found.partner == np.where(near, apart.argmin(1), -1)).all()
-    none = np.zeros((0, image_hash.ROW_BYTES), np.uint8)
+    none = np.zeros((0, image_rows.ROW_BYTES), np.uint8)
     assert match(rows, none).kind.tolist() == [DIFFERENT] * 20 and len(match(none, pool).kind) == 0
 
 
@@ -113,7 +114,7 @@ def test_images_of_one_colour_have_no_perceptual_hash(quality):
         pixels = np.full((60, 80, 3), level, np.uint8)
         rows.append(row(file_of(pixels, "JPEG", quality=quality) if quality else file_of(pixels)))
     rows = np.stack(rows)
-    assert not image_hash.has_pixels(rows).any()
+    assert not image_rows.has_pixels(rows).any()
     assert match(rows[:1], rows[1:]).kind.tolist() == [DIFFERENT]
     assert match(rows[:1], rows).kind.tolist() == [EXACT]
 

@@ -11,7 +11,8 @@ from pretrain_runs import make_images
 from processes import in_processes
 
 from moco.data.first_sight import Seen
-from moco.data.image_hash import ROW_BYTES, hash_file
+from moco.data.image_hash import hash_file
+from moco.data.image_rows import ROW_BYTES
 from moco.data.images import find_images
 from moco.data.sampler import EpochStream
 from moco.distributed import ProcessInfo
