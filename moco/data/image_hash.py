@@ -84,8 +84,8 @@ def near_hashes(thumbnails: np.ndarray) -> np.ndarray:
     lowest = waves.reshape(count, _NUM_WAVES**2)[:, _LOWEST]
     found = np.packbits(lowest > 0, axis=1)
     # White noise of one grey level has coefficients of about 24.
-    contrast = np.sqrt(np.mean(np.square(lowest), axis=1)) / (THUMBNAIL / 2)
-    found[contrast < _FLAT] = 0
+    contrast = np.einsum("ij,ij->i", lowest, lowest) / _NUM_BITS / (THUMBNAIL / 2) ** 2
+    found[contrast < _FLAT**2] = 0
     return found
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from pretrain_runs import make_images
 from processes import in_processes
 
+from detection.convert import convert_checkpoint
 from moco.data.first_sight import Seen
 from moco.data.image_hash import hash_file
 from moco.data.image_rows import ROW_BYTES
@@ -18,11 +19,12 @@ from moco.data.sampler import EpochStream
 from moco.distributed import ProcessInfo
 from moco.errors import CheckpointError
 from moco.training import checkpoint as ckpt
-from moco.training.image_record import KEY, ImageRecord, Unknown, record_in
+from moco.training.export import export_backbone
+from moco.training.image_record import KEY, ImageRecord, Unknown, record_beside, record_in
 from moco.training.seen_images import SeenImages
 from moco.training.trainer import Trainer
 
-LAST = "checkpoint_0002.pth.tar"
+FIRST, LAST = "checkpoint_0000.pth.tar", "checkpoint_0002.pth.tar"
 STOPPED = "checkpoint_step_{}.pth.tar"
 
 
@@ -167,3 +169,20 @@ def test_a_damaged_record_is_refused(images, tmp_path):
 def test_its_size_is_counted_with_the_checkpoint(images, tmp_path):
     run = tiny.trainer(images, tmp_path, [])
     assert run.seen.max_bytes == 34 * ROW_BYTES + 4
+
+
+def test_an_export_and_a_conversion_of_it_carry_the_record_on(images, tmp_path):
+    changes = {"MODEL__ARCH": "resnet50", "MODEL__STEM": "imagenet", "TRAIN__EPOCHS": 1}
+    assert tiny.trainer(images, tmp_path / "run", [], **changes).train() == 0
+    exported, converted = tmp_path / "r50.safetensors", tmp_path / "d2.pth"
+    export_backbone(tmp_path / "run", exported, form="safetensors")
+    convert_checkpoint(exported, converted)
+    wanted = {row.tobytes() for row in record_in(content_of(tmp_path / "run", FIRST), "x").rows}
+    for path in (exported, converted):
+        assert {row.tobytes() for row in record_beside(path).rows} == wanted
+    # Weights of a source without a record, under the same name: the old one is gone.
+    content = content_of(tmp_path / "run", FIRST)
+    torch.save({"state_dict": content["state_dict"]}, tmp_path / "theirs.pth")
+    convert_checkpoint(tmp_path / "theirs.pth", converted)
+    assert not (tmp_path / "d2.pth.images.safetensors").exists()
+    assert "is not a checkpoint of tools/pretrain.py" in record_beside(converted).reason
