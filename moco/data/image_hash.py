@@ -30,6 +30,7 @@ THUMBNAIL = 48  # pixels a side
 
 _NUM_BITS = 8 * NEAR_BYTES
 _NUM_WAVES = 16  # lowest frequencies an axis
+_WAITING = 4096  # items that threads have before them
 _FLAT = 1.0  # grey levels: with less contrast the signs are the encoder's noise
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G, B, as in both libraries
 
@@ -123,4 +124,5 @@ def in_threads(work: Callable, items: Sequence) -> Iterator:
     """`work` of each item, in order; decoding and hashing leave Python to the other threads."""
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
     with ThreadPoolExecutor(num_threads) as pool:
-        yield from pool.map(work, items)
+        for first in range(0, len(items), _WAITING):  # a million at once would take gigabytes
+            yield from pool.map(work, items[first : first + _WAITING])

@@ -14,7 +14,7 @@ from moco.data.first_sight import Seen, SeenFlags, joined
 from moco.data.image_rows import ROW_BYTES
 from moco.distributed import ProcessInfo, all_gather_cat
 from moco.errors import CheckpointError
-from moco.training.image_record import FORMAT, checked_rows, merged
+from moco.training.image_record import FORMAT, ImageRecord, Unknown, checked_rows, merged
 
 _NUMBER_BYTES = 8
 
@@ -44,6 +44,13 @@ class SeenImages:
     def max_bytes(self) -> int:
         """What it takes in a checkpoint once all images are known."""
         return len(self._known) * ROW_BYTES + len(self._known) // 8 + self._earlier.nbytes
+
+    def begin_with(self, record: ImageRecord | Unknown) -> None:
+        """Take in what the weights that a new run begins with have seen before."""
+        if isinstance(record, Unknown):
+            self.lacks = f"those of the weights it began with are unknown ({record.reason})"
+            return
+        self._earlier, self.lacks = record.rows, record.lacks
 
     def add(self, step: int, seen: Seen) -> None:
         """Images in the batch of `step` (0 is the first) that are seen for the first time."""

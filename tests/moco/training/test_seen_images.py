@@ -153,6 +153,23 @@ def test_a_checkpoint_without_extra_has_unknown_images_for_good(images, tmp_path
     assert isinstance(record_in({"state_dict": {}}, "x"), Unknown)
 
 
+def test_a_run_that_begins_with_weights_has_their_images_too(images, tmp_path):
+    before = ImageRecord(np.arange(2 * ROW_BYTES, dtype=np.uint8).reshape(2, ROW_BYTES))
+    run = tiny.trainer(images, tmp_path / "known", [])
+    run.seen.begin_with(before)
+    assert run.train([tiny.StopAfter(2)]) == 143
+    rows = rows_in(tmp_path / "known", STOPPED.format(3))
+    assert rows == rows_shown(images, 3) | {row.tobytes() for row in before.rows}
+    run = tiny.trainer(images, tmp_path / "unknown", [])
+    run.seen.begin_with(Unknown("theirs.pth has no record of its images"))
+    assert run.train([tiny.StopAfter(2)]) == 143
+    record = record_in(content_of(tmp_path / "unknown", STOPPED.format(3)), "x")
+    assert len(record.rows) == 24
+    assert record.lacks == (
+        "those of the weights it began with are unknown (theirs.pth has no record of its images)"
+    )
+
+
 def test_a_damaged_record_is_refused(images, tmp_path):
     run = tiny.trainer(images, tmp_path, [])
     whole = run.seen.state()
