@@ -1,7 +1,7 @@
 """Pretrain an encoder on images without labels.
 
 python tools/pretrain.py --config-file configs/pretrain/moco_v2_200ep.yaml \\
-    --data DIR --output-dir RUN [--resume] [KEY VALUE ...]
+    --data DIR --output-dir RUN [--exclude VOC_ROOT:SPLIT] [--resume] [KEY VALUE ...]
 torchrun --nproc-per-node 8 tools/pretrain.py ...          (the same flags)
 """
 
