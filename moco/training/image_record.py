@@ -6,7 +6,6 @@ A checkpoint holds it under `extra`. Beside weights made from one lies
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +141,8 @@ def write_beside(out: str | os.PathLike, record: ImageRecord | Unknown) -> dict[
         remove_beside(out)
         return {"unknown": record.reason}
     path = Path(f"{out}{_SUFFIX}")
-    about = {"format": str(FORMAT), "row": json.dumps({"exact": 8, "near": 16})}
+    # One entry: several would be written in an order that changes from process to process.
+    about = {"format": str(FORMAT)}
     data = safetensors.numpy.save({"rows": np.ascontiguousarray(record.rows)}, about)
     write_atomic(path, lambda file: file.write(data), num_bytes=len(data))
     return {
