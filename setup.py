@@ -28,6 +28,7 @@ setup(
         "matplotlib>=3.7",
         "scipy>=1.11",  # Welch's interval in the report
         "safetensors>=0.4.3",  # weights files without pickle
+        "xxhash>=3.4",  # tells equal image files; SHA-256 takes twenty times as long
     ],
     extras_require={
         "probes": ["scikit-learn>=1.5"],  # tools/evaluate_svm.py

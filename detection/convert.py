@@ -25,6 +25,14 @@ from detection.safe_pickle import write_pickled_arrays
 from detection.self_check import SELF_CHECK_SIZE, self_check
 from moco.errors import CheckpointError
 from moco.training.checkpoint import sha256_of, write_atomic, write_json_atomic
+from moco.training.image_record import (
+    REPORT_KEY,
+    ImageRecord,
+    Unknown,
+    record_of,
+    remove_beside,
+    write_beside,
+)
 from moco.training.layouts import (
     COUNTER,
     find_source,
@@ -76,6 +84,7 @@ class ConversionReport:
     source_sha256: str
     out_sha256: str
     yaml_lines: list[str]
+    images: ImageRecord | Unknown
     notes: tuple[str, ...] = ()
     refused: list[tuple[Path, str]] = field(default_factory=list)
 
@@ -90,7 +99,8 @@ def convert_checkpoint(
     """Convert a checkpoint file, or a run folder's newest verified one, and write the weights.
 
     Writes `out_path`, which is a `.pth` of tensors or a `.pkl` of numpy arrays, and
-    `<out_path>.conversion.json`. Both replace what was there, atomically.
+    `<out_path>.conversion.json`; beside them, where the source knows the images it was trained on,
+    `<out_path>.images.safetensors`. All replace what was there, atomically.
 
     Args:
         encoder: "query", or "key" for the momentum copy. drop: see `read_backbone`.
@@ -108,6 +118,7 @@ def convert_checkpoint(
         raise CheckpointError(f"{out}: is the source itself; give another output file")
     converted = convert_state(content, where=str(source), encoder=encoder, drop=drop)
     lines = yaml_lines(converted.shape, *_pixel_statistics(content, str(source)))
+    images = record_of(source, content)
     figures = self_check(converted.source, converted.model, converted.shape, str(source))
     report = ConversionReport(
         source=source,
@@ -121,10 +132,12 @@ def convert_checkpoint(
         source_sha256=sha256_of(source),
         out_sha256=_write_weights(out, converted.model),
         yaml_lines=lines,
+        images=images,
         notes=converted.notes,
         refused=refused,
     )
-    write_json_atomic(_report_path(out), _as_json(report))
+    about_images = write_beside(out, images)
+    write_json_atomic(_report_path(out), {**_as_json(report), REPORT_KEY: about_images})
     return report
 
 
@@ -226,6 +239,7 @@ def _pixel_statistics(content: object, where: str) -> tuple[tuple[float, ...], t
 def _write_weights(out: Path, model: dict[str, torch.Tensor]) -> str:
     """Write the weights file. Returns: its SHA-256."""
     _report_path(out).unlink(missing_ok=True)  # an old report must not describe new weights
+    remove_beside(out)
     fields = {"__author__": AUTHOR, "matching_heuristics": True}
     if out.suffix == ".pth":
         write_atomic(out, lambda file: torch.save({"model": model, **fields}, file))

@@ -136,6 +136,7 @@ def _origin(results: dict) -> str:
         f"- metric: {results['metric']}",
         *_absent_classes(results),
         f"- weights: {start}",
+        *_leak(results),
         f"- config digest: {results['config_digest']} (all keys in `config.yaml`)",
     ]
     lines += data_lines(results)
@@ -154,6 +155,11 @@ def _absent_classes(results: dict) -> list[str]:
     year = 2007 if results["metric"].startswith("VOC 2007") else 2012
     meaning = meaning_of_absent_classes("coco" if is_coco else "voc", None if is_coco else year)
     return [f"- classes without an object in the test data: {', '.join(names)}; {meaning}"]
+
+
+def _leak(results: dict) -> list[str]:
+    leak = results.get("test_images_in_pretraining")  # results of before it have none
+    return [f"- test images: {leak['words']}"] if leak else []
 
 
 def _published_table(results: dict, published: dict) -> str:

@@ -33,6 +33,7 @@ def detection_sections(folder: Path, name: str) -> list[Section]:
             f"{results['num_finished']} of {results['num_trials']} trials finished; engine "
             f"{results['engine']}; configuration digest {results['config_digest']}.",
             *(line.removeprefix("- ") for line in data_lines(results)),
+            *_leak(results),
             _trials(results),
             _picture(folder / PLOT_FILE, f"{name}_trials", "AP of the trials"),
         ],
@@ -48,6 +49,11 @@ def detection_sections(folder: Path, name: str) -> list[Section]:
         caption = "test images of trial 0: ground truth green, detections orange"
         sections.append(Section("Detections", [_picture(sheet, f"{name}_detections", caption)]))
     return sections
+
+
+def _leak(results: dict) -> list[str]:
+    leak = results.get("test_images_in_pretraining")  # results of before it have none
+    return [f"Test images: {leak['words']}."] if leak else []
 
 
 def _trials(results: dict) -> Table:

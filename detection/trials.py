@@ -27,6 +27,7 @@ from detection.data.transforms import decoding_of
 from detection.engines.base import Engine, Run, TrainingStopped
 from detection.engines.evaluations import finish_evaluations
 from detection.finished_runs import finished_runs
+from detection.leaks import check_leak, line_of
 from detection.pictures import save_detection_pictures
 from detection.report import write_report
 from detection.run_folder import (
@@ -72,6 +73,7 @@ class Job:
     base_seed: int
     output_dir: Path
     allow_change: tuple[str, ...] = ()
+    leak: dict | None = None  # of `check_leak`; on rank 0
 
     @property
     def config_digest(self) -> str:
@@ -132,6 +134,7 @@ def prepare(
         base_seed=max(cfg.SEED, 0),
         output_dir=output_dir,
         allow_change=tuple(allow_change),
+        leak=check_leak(path, data.test_records) if process.is_main else None,
     )
     if process.is_main:
         _print_summary(job, why, "\n".join(filter(None, (loaded, unknown))))
@@ -159,6 +162,8 @@ def _print_summary(job: Job, why: str, loaded: str) -> None:
     for line in data.report.lines():
         print(f"  {line}")
     print(f"weights: {loaded}")
+    if line := line_of(job.leak):
+        print(line)
     seed_note = f" (SEED is {cfg.SEED}; negative means 0 here)" if cfg.SEED < 0 else ""
     print(f"config digest {job.config_digest}, first seed {job.base_seed}{seed_note}", flush=True)
 
@@ -293,6 +298,7 @@ def collect(job: Job, trials: Sequence[dict]) -> dict:
         "classes_without_test_objects": list(job.data.absent_classes),
         "weights": job.weights,
         "data": job.identity.data.summary(),
+        **_leak(job),
         "num_trials": len(trials),
         **summarise(trials),
         **({"detectron2_evaluator": second} if second else {}),
@@ -367,10 +373,15 @@ def _result(job: Job, run: Run, started: float | None, **scores: object) -> dict
         "weights": job.weights,
         "data": job.identity.data.summary(),
         "changes": run.changes.all(),
+        **_leak(job),
         "num_processes": job.process.world_size,
         "seconds": None if started is None else round(time.perf_counter() - started, 1),
         **scores,
     }
+
+
+def _leak(job: Job) -> dict:
+    return {"test_images_in_pretraining": job.leak} if job.leak else {}
 
 
 def _versions(job: Job) -> dict[str, str]:

@@ -36,8 +36,10 @@ MOCO_LAYERS = {  # package -> what of moco it may import besides BASE and itself
 OF_MOCO_IN_DETECTION = {
     "moco", "moco.errors", "moco.safe_yaml", "moco.cfgnode", "moco.seeding", "moco.devices",
     "moco.distributed", "moco.process_group", "moco.signals", "moco.slots",
-    "moco.training", "moco.training.changes", "moco.training.checkpoint", "moco.training.layouts",
-    "moco.training.optimizer", "moco.training.run_lock", "moco.kernels",
+    "moco.data", "moco.data.image_hash", "moco.data.image_rows",  # as pretraining has them
+    "moco.training", "moco.training.changes", "moco.training.checkpoint",
+    "moco.training.image_record", "moco.training.layouts", "moco.training.optimizer",
+    "moco.training.run_lock", "moco.kernels",
     "moco.benchmarks", "moco.benchmarks.record",
     "moco.reporting", "moco.reporting.page",
     # One decoder: fine-tuning must see the pixels that pretraining saw.
@@ -46,7 +48,9 @@ OF_MOCO_IN_DETECTION = {
 
 
 OF_DETECTRON2 = {"detection.engines.d2", "detection.engines.d2_scores"}  # import Detectron2
-PACKAGES = {"moco", "moco.training", "moco.benchmarks", "moco.reporting"}  # not what is in them
+PACKAGES = {  # not what is in them
+    "moco", "moco.data", "moco.training", "moco.benchmarks", "moco.reporting",
+}  # fmt: skip
 
 
 def imports(path):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from detection.convert import convert_checkpoint  # noqa: E402
 from detection.self_check import SELF_CHECK_SIZE  # noqa: E402
 from moco.errors import exit_on_error  # noqa: E402
+from moco.training.image_record import in_words  # noqa: E402
 from moco.training.layouts import ENCODERS  # noqa: E402
 
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         f"(relative {report.self_check['max_relative_difference']:.3g})"
     )
     print(f"wrote: {report.out} (sha256 {report.out_sha256}) and {report.out}.conversion.json")
+    print(in_words(report.images))
     print("Config lines these weights need:")
     print("\n".join(report.yaml_lines))
 

@@ -1,13 +1,14 @@
 """Pretrain an encoder on images without labels.
 
 python tools/pretrain.py --config-file configs/pretrain/moco_v2_200ep.yaml \\
-    --data DIR --output-dir RUN [--resume] [KEY VALUE ...]
+    --data DIR --output-dir RUN [--exclude VOC_ROOT:SPLIT] [--resume] [KEY VALUE ...]
 torchrun --nproc-per-node 8 tools/pretrain.py ...          (the same flags)
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moco import distributed  # noqa: E402
 from moco.cfgnode import dump_yaml  # noqa: E402
 from moco.config import load_pretrain_config  # noqa: E402
+from moco.data import exclude  # noqa: E402
 from moco.data.images import find_images, left_out_in_words  # noqa: E402
 from moco.data.rgb import Decoding  # noqa: E402
 from moco.data.sixteen_bit import look_at_sixteen_bits  # noqa: E402
@@ -30,7 +32,7 @@ from moco.methods import build_method  # noqa: E402
 from moco.process_group import leaving_group  # noqa: E402
 from moco.training.acceleration import resolve  # noqa: E402
 from moco.training.batch import check_batch  # noqa: E402
-from moco.training.checkpoint import write_text_atomic  # noqa: E402
+from moco.training.checkpoint import write_json_atomic, write_text_atomic  # noqa: E402
 from moco.training.initial_weights import read_initial_weights  # noqa: E402
 from moco.training.progress import ConsoleProgress, JsonLog, TensorBoardLog  # noqa: E402
 from moco.training.recipe import resolve_recipe  # noqa: E402
@@ -69,6 +71,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "what the run was started with; recorded in its log and manifests; may be repeated",
     )
     parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="IMAGES",
+        help="leave these images out, found by their content: VOC_ROOT:SPLIT, FILE.json or "
+        "FILE.json:FOLDER (COCO), a folder, or a text file of paths; may be repeated",
+    )
+    parser.add_argument(
+        "--exclude-exact-only",
+        action="store_true",
+        help="leave out equal files only, not re-encoded and resized copies, for which every "
+        "image is decoded once",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what the configuration means (batch, rate, negatives, memory) and stop",
@@ -98,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         at_end.callback(lock.release)
         resolved = resolve(cfg, process.device)
         cfg = resolved.cfg
+        source, left_out = _leave_out(args, source, say)
         check_batch(cfg, source, process.world_size)
         say(
             resolve_recipe(
@@ -125,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
                 resume_from=args.resume_from,
                 elastic=args.elastic,
                 allow_change=args.allow_change,
+                excluded=left_out.counts if left_out else (),
                 say=say,
             )
         say(
@@ -137,6 +155,11 @@ def main(argv: list[str] | None = None) -> int:
                 say(line)
             output_dir.mkdir(parents=True, exist_ok=True)
             write_text_atomic(output_dir / "config.yaml", dump_yaml(cfg))
+            record = output_dir / exclude.RECORD_FILE
+            if left_out:
+                write_json_atomic(record, dataclasses.asdict(left_out))
+            else:
+                record.unlink(missing_ok=True)
             observers = [
                 ConsoleProgress(trainer.total_steps, trainer.first_step),
                 JsonLog(output_dir / "log.jsonl", trainer.first_step, trainer.changes.new),
@@ -148,6 +171,31 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             for observer in observers:
                 observer.close()
+
+
+def _leave_out(args: argparse.Namespace, source, say):
+    """The source without what --exclude names, and what that is; rank 0 looks for all ranks."""
+    if not args.exclude:
+        return source, None
+    found: list[exclude.LeftOut] = []
+
+    def look() -> None:
+        found.append(
+            exclude.leave_out(
+                source,
+                [exclude.find_excluded(what) for what in args.exclude],
+                near_copies=not args.exclude_exact_only,
+                known=Path(args.output_dir) / exclude.RECORD_FILE,
+                say=say,
+            )
+        )
+
+    with lost_rank_as_error(lambda: "before training"):
+        distributed.on_main(look)
+        left_out = distributed.gather_objects(found[0] if found else None)[0]
+    for line in left_out.lines(len(source)):
+        say(line)
+    return exclude.without(source, left_out.images), left_out
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detection.report_sections import detection_sections, is_detection_result  # noqa: E402
 from moco.config import load_pretrain_config  # noqa: E402
+from moco.data.exclude import RECORD_FILE, without  # noqa: E402
 from moco.data.images import find_images  # noqa: E402
 from moco.data.rgb import Decoding  # noqa: E402
 from moco.errors import CheckpointError, ConfigError, exit_on_error  # noqa: E402
@@ -85,6 +86,8 @@ def _evaluation_section(content: dict) -> Section:
 def _pictures(folder: Path, data: str) -> list[Section]:
     cfg = load_pretrain_config(str(folder / "config.yaml"))
     source = find_images(data, Decoding.of(cfg.DATA))
+    if (folder / RECORD_FILE).is_file():
+        source = without(source, ckpt.read_json(folder / RECORD_FILE)["images"])
     path, _, _ = ckpt.latest_verified(folder)
     if path is None:
         return [view_pairs(cfg, source)]

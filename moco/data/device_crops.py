@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from moco.data import image_hash
 from moco.data.augment_device import BOX, crop_batch
 from moco.data.decode import read_rgb
+from moco.data.first_sight import FirstSight, Seen, joined
+from moco.data.image_rows import EXACT_BYTES
 from moco.data.images import ImageSource
 from moco.data.reading import unreadable
 from moco.devices import send
 from moco.errors import ConfigError, DataError
 
 MAX_RESIDENT_BYTES = 4 << 30
+_TOGETHER = 1024  # images that are hashed together
 DeviceBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -45,6 +49,7 @@ class ResidentImages:
                 f"{MAX_RESIDENT_BYTES >> 30}; set it False"
             )
         images_NHWC = np.empty((len(source), *first.shape), np.uint8)
+        seen: list[Seen | None] = []
         for index in range(len(source)):
             image = read_rgb(source, index)
             if image.shape != first.shape:
@@ -54,6 +59,11 @@ class ResidentImages:
                     f"{self.width} x {self.height}; AUGMENT.RESIDENT needs one size; set it False"
                 )
             images_NHWC[index] = image
+            if isinstance(source, FirstSight):
+                source.note(index, image[..., ::-1])
+                if (index + 1) % _TOGETHER == 0 or index + 1 == len(source):
+                    seen.append(source.take())
+        self.seen = joined(seen)  # of all images, whether a step has shown them or not
         images = torch.from_numpy(images_NHWC).to(device)
         self.images_NCHW = images.permute(0, 3, 1, 2).contiguous()
 
@@ -99,9 +109,15 @@ class GpuDecoder:
             return " ".join(str(error).split())
         return None
 
-    def __call__(self, batch: tuple[list, torch.Tensor, torch.Tensor, torch.Tensor]) -> DeviceBatch:
+    def __call__(
+        self,
+        batch: tuple[list, torch.Tensor, torch.Tensor, torch.Tensor],
+        seen: Seen | None = None,
+    ) -> DeviceBatch:
         files, index, table_q, table_k = batch
         images = self._images(files, index)
+        if seen is not None:
+            _add_pixels(seen, files, index.tolist(), images)
         crop_q, crop_k = (self._crops(images, table) for table in (table_q, table_k))
         return crop_q, crop_k, index, table_q, table_k
 
@@ -136,3 +152,15 @@ class GpuDecoder:
             crop = image_CHW[None, :, top : top + height, left : left + width].float()
             crops.append(F.interpolate(crop, (self.size,) * 2, mode="bilinear", antialias=True))
         return torch.cat(crops).add_(0.5).clamp_(0, 255).to(torch.uint8)
+
+
+def _add_pixels(
+    seen: Seen, files: list[torch.Tensor], index: list[int], images: list[torch.Tensor]
+) -> None:
+    """Write the perceptual hashes of the images that were decoded here, and not by a worker."""
+    place = {number: row for row, number in enumerate(seen.index.tolist())}
+    decoded = [n for n, file in enumerate(files) if file.ndim == 1 and index[n] in place]
+    if decoded:
+        thumbnails = np.stack([image_hash.thumbnail_on_device(images[n]) for n in decoded])
+        rows = [place[index[n]] for n in decoded]
+        seen.rows[rows, EXACT_BYTES :] = image_hash.near_hashes(thumbnails)

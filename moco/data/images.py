@@ -123,6 +123,14 @@ def left_out_in_words(source: ImageSource | ShardSource) -> str:
     return f"; left out: {listed}" if listed else ""
 
 
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """The images in and below a folder, by their paths relative to it, sorted by folder and name.
+
+    Raises: DataError where it cannot be listed.
+    """
+    return list(_images_under(folder))
+
+
 def split_folders(root: str | os.PathLike) -> list[str]:
     """The splits of a folder (train, and val, test ... beside it); none where it has no splits."""
     images, folders = _list_folder(Path(root).expanduser())

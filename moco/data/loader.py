@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, default_collate
@@ -18,6 +19,7 @@ from moco.data.augment import Recipe, eval_resize
 from moco.data.backends import choose_backend
 from moco.data.bad_images import BadImages
 from moco.data.device_crops import GpuDecoder, ResidentImages
+from moco.data.first_sight import FirstSight, Seen, SeenFlags
 from moco.data.images import ImageSource
 from moco.data.sampler import EpochStream, Order, epoch_order
 from moco.data.two_views import TwoTables, TwoTablesAndFile, TwoViews
@@ -95,6 +97,7 @@ def build_pretrain_loader(
     bad_images: BadImages | None = None,
     worker_timeout_s: float = _WORKER_TIMEOUT_SECONDS,
     channels: int = 3,
+    seen: SeenObserver | None = None,
 ) -> DataLoader:
     """Loader of this rank's share of global steps `first_step` .. `last_step` - 1, in one iterator.
 
@@ -110,6 +113,7 @@ def build_pretrain_loader(
         order: of the images of an epoch. bad_images: see `TwoViews`.
         worker_timeout_s: without progress, after which workers are stuck; 0: never.
         channels: C, DATA.CHANNELS; 3 with `resident` and `decode` "gpu".
+        seen: receives the hashes of images that are seen for the first time.
     Raises: ConfigError at once for a batch that does not fit (see EpochStream) or a device that
         cannot decode; DataError at once for images that cannot be resident or too little shared
         memory, and while iterating, in this process, for an unreadable image or stuck workers.
@@ -124,23 +128,30 @@ def build_pretrain_loader(
         last_step=last_step,
         order=order,
     )
+    if seen is not None:
+        # Resident images are all hashed now; which of them a step shows is known by their numbers.
+        source = FirstSight(source, SeenFlags(len(source)) if resident else seen.flags)
     views = TwoViews(source, recipe, seed, backend, bad_images, channels)
     recipes, size, device = views.recipes, views.recipes[0].size, torch.device(device)
     if resident:
         images = ResidentImages(source, size, device)
         tables = TwoTables(images.width, images.height, recipes, seed)
         return _Loader(
-            tables, stream, num_workers, pin_memory, finish=images, timeout_s=worker_timeout_s
-        )
+            tables, stream, num_workers, pin_memory, finish=images, timeout_s=worker_timeout_s,
+            seen=seen,
+        )  # fmt: skip
     if decode == "gpu":
         decoder = GpuDecoder(source, size, device)
         files = TwoTablesAndFile(source, recipes, seed)
         return _Loader(
-            files, stream, num_workers, pin_memory, finish=decoder, timeout_s=worker_timeout_s
-        )
+            files, stream, num_workers, pin_memory, finish=decoder, timeout_s=worker_timeout_s,
+            seen=seen,
+        )  # fmt: skip
     batch_bytes = 2 * channels * size * size * stream.per_rank
     check_shared_memory(batch_bytes, _PREFETCH_BATCHES * num_workers + 1, num_workers)
-    return _Loader(views, stream, num_workers, pin_memory, timeout_s=worker_timeout_s)
+    return _Loader(
+        views, stream, num_workers, pin_memory, timeout_s=worker_timeout_s, seen=seen
+    )
 
 
 def build_eval_loader(
@@ -169,6 +180,15 @@ def build_eval_loader(
     return _Loader(dataset, batches, num_workers, pin_memory)
 
 
+class SeenObserver(Protocol):
+    """Who wants to know which images were seen; `flags` are shared with the workers."""
+
+    flags: SeenFlags
+
+    def add(self, step: int, seen: Seen) -> None:
+        """Images in the batch of `step` that were seen for the first time."""
+
+
 class _Loader(DataLoader):
     """A DataLoader that raises a DataError of a worker as it is.
 
@@ -179,6 +199,7 @@ class _Loader(DataLoader):
         dataset: its `batch(keys)` makes a batch; without one, samples are collated.
         finish: applied to each batch in the main process.
         timeout_s: see `Board`.
+        seen: of `build_pretrain_loader`; `batch_sampler` is an EpochStream then.
     """
 
     def __init__(
@@ -189,14 +210,15 @@ class _Loader(DataLoader):
         pin_memory: bool,
         finish: Callable | None = None,
         timeout_s: float = _WORKER_TIMEOUT_SECONDS,
+        seen: SeenObserver | None = None,
     ):
-        self.finish = finish
+        self.finish, self.seen = finish, seen
         if num_workers < 0:
             raise ConfigError(f"number of loader workers is {num_workers}; allowed: 0 or more")
         source = getattr(dataset, "source", None)
         self.board = Board(num_workers, source and source.note_path, timeout_s)
         super().__init__(
-            _ErrorsAsValues(dataset),
+            _ErrorsAsValues(dataset, with_seen=seen is not None),
             batch_sampler=batch_sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -208,21 +230,44 @@ class _Loader(DataLoader):
         )
 
     def __iter__(self) -> Iterator:
-        for batch in self.board.watched(super().__iter__):
+        for number, batch in enumerate(self.board.watched(super().__iter__)):
             if isinstance(batch, DataError):
                 raise batch
-            yield batch if self.finish is None else self.finish(batch)
+            if self.seen is not None:
+                yield self._finished(self.batch_sampler.first_step + number, *batch)
+            else:
+                yield batch if self.finish is None else self.finish(batch)
+
+    def _finished(self, step: int, batch, seen: Seen | None):
+        """The batch, once `self.seen` knows whose images are in it."""
+        if isinstance(self.finish, ResidentImages):
+            index = batch[0].numpy()
+            seen = Seen(index, self.finish.seen.rows[index])
+        if isinstance(self.finish, GpuDecoder):
+            batch = self.finish(batch, seen)
+        elif self.finish is not None:
+            batch = self.finish(batch)
+        if seen is not None:
+            self.seen.add(step, seen)
+        return batch
 
 
 class _ErrorsAsValues(Dataset):
-    """Fetches a batch, or the DataError that one of its samples raised."""
+    """Fetches a batch, or the DataError that one of its samples raised.
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    with_seen: fetches pairs of a batch and what its images' first sight gave, or None.
+    """
+
+    def __init__(self, dataset: Dataset, *, with_seen: bool = False):
+        self.dataset, self.with_seen = dataset, with_seen
 
     def __getitems__(self, keys: list):
         try:
             with full_shared_memory_as_error():
+                if self.with_seen:
+                    batch = self.dataset.batch(keys)
+                    source = getattr(self.dataset, "source", None)  # resident images have none
+                    return batch, None if source is None else source.take()
                 if hasattr(self.dataset, "batch"):
                     return self.dataset.batch(keys)
                 return default_collate([self.dataset[key] for key in keys])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,12 @@ class ShardSource:
     def decoded_as(self, decoding: Decoding) -> ShardSource:
         """The same images, decoded otherwise."""
         return ShardSource(self.root, self.index, decoding)
+
+    def subset(self, kept: Sequence[int]) -> ShardSource:
+        """The images with these numbers as a source of their own, numbered anew."""
+        names = "".join(f"{self.paths[index]}\n" for index in kept).encode()
+        index = dataclasses.replace(self.index, samples=self.index.samples[kept], names=names)
+        return ShardSource(self.root, index)
 
     def reading_ahead(self, block_size: int, blocks_in_flight: int) -> ShardSource:
         """A copy that, where an image is read, has the kernel fetch its whole block.

@@ -15,6 +15,7 @@ from moco.data.augment_device import table_row
 from moco.data.backends import BACKENDS, Backend, choose_backend, draw_views
 from moco.data.bad_images import BadImages
 from moco.data.decode import plain_jpeg_size, read_rgb
+from moco.data.first_sight import FirstSight
 from moco.data.images import ImageSource
 from moco.errors import ConfigError
 
@@ -83,8 +84,11 @@ class TwoViews(Dataset):
         """The key and the image, or those of the image that replaces a bad one."""
         read = functools.partial(self._functions().read, self.source)
         if self.bad_images is None:
-            return (epoch, index), read(index)
-        image, index = self.bad_images.read(read, epoch, index)
+            image = read(index)
+        else:
+            image, index = self.bad_images.read(read, epoch, index)
+        if isinstance(self.source, FirstSight):
+            self.source.note(index, image)
         return (epoch, index), image
 
     def _write(
@@ -127,12 +131,14 @@ class TwoTablesAndFile(Dataset):
         files, rows = [], []
         for epoch, index in keys:
             data = self.source.read_bytes(index)
-            size = plain_jpeg_size(data, self.source.decoding.max_pixels)
+            size, image = plain_jpeg_size(data, self.source.decoding.max_pixels), None
             if size is None:
                 file = read_rgb(self.source, index)
-                size = file.shape[1], file.shape[0]
+                size, image = (file.shape[1], file.shape[0]), file[..., ::-1]
             else:
                 file = np.frombuffer(bytearray(data), np.uint8)
+            if isinstance(self.source, FirstSight):
+                self.source.note(index, image)
             files.append(torch.from_numpy(file))
             rows.append(draw_views(self.recipes, self.seed, epoch, index, *size))
         return files, _indices(keys), *_tables(rows)

@@ -12,7 +12,7 @@ from moco.config import OWN_VALUE
 from moco.data.augment import build_view_recipes
 from moco.data.bad_images import BadImages
 from moco.data.images import ImageSource
-from moco.data.loader import build_pretrain_loader
+from moco.data.loader import SeenObserver, build_pretrain_loader
 from moco.data.sampler import BlockOrder, epoch_order
 from moco.data.shards import ShardSource
 from moco.distributed import ProcessInfo
@@ -89,12 +89,14 @@ def build_loader(
     first_step: int,
     last_step: int,
     output_dir: Path | None = None,
+    seen: SeenObserver | None = None,
 ) -> DataLoader:
     """`build_pretrain_loader` as the configuration has it: this process's share of each step.
 
     Args:
         output_dir: where unreadable images are listed; without it they are errors, whatever
             DATA.MAX_BAD_FRACTION says.
+        seen: receives the hashes of images that are seen for the first time.
     """
     data, blur = cfg.DATA, cfg.DATA.BLUR_PROBABILITY
     order, bad_images = epoch_order, None
@@ -133,4 +135,5 @@ def build_loader(
         order=order,
         bad_images=bad_images,
         channels=data.CHANNELS,
+        seen=seen,
     )

@@ -22,6 +22,7 @@ import torch
 from moco.errors import CheckpointError
 from moco.training.checkpoint import sha256_of, write_atomic, write_json_atomic
 from moco.training.export_check import check_export, network_for
+from moco.training.image_record import REPORT_KEY, record_of, remove_beside, write_beside
 from moco.training.layouts import (
     Backbone,
     ViT,
@@ -85,6 +86,7 @@ def export_backbone(
     backbone = read_backbone(
         content, str(source), encoder=encoder, num_heads=num_heads, drop=drop
     )
+    images = record_of(source, content)
     target = network_for(backbone.network, form, str(source))
     source_sha256 = sha256_of(source)
     data = serialise(backbone, form, source_sha256)
@@ -111,9 +113,11 @@ def export_backbone(
     }
     if is_new:
         report_path(out).unlink(missing_ok=True)  # an old report must not describe new weights
+        remove_beside(out)
         write_atomic(out, lambda file: file.write(data), num_bytes=len(data))
         if sha256_of(out) != sha256:
             raise CheckpointError(f"{out}: reads back other than written; check the disk")
+    record[REPORT_KEY] = write_beside(out, images)
     write_json_atomic(report_path(out), record)
     return Export(source, out, backbone, record, is_new, refused)
 

@@ -12,7 +12,8 @@ from moco.training import checkpoint as ckpt
 
 # What `write_atomic` calls the unfinished files of a run folder; its suffix is tempfile's.
 _LEFTOVER = re.compile(
-    r"^\.(checkpoint_(\d{4,}|step_\d+)\.pth\.tar(\.manifest\.json)?|config\.yaml|log\.jsonl)\.[a-z0-9_]{8}$"
+    r"^\.(checkpoint_(\d{4,}|step_\d+)\.pth\.tar(\.manifest\.json)?|config\.yaml|log\.jsonl"
+    r"|excluded\.json)\.[a-z0-9_]{8}$"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from moco.training import checkpoint as ckpt
 from moco.training import fit
 from moco.training.changes import Changes
 from moco.training.identity import WEIGHTS, RunIdentity, code_digest
+from moco.training.image_record import KEY as SEEN_IMAGES
 from moco.training.initial_weights import Start, is_record
 from moco.training.loss_scale import LossScale
 from moco.training.optimizer import plain_state
+from moco.training.seen_images import SeenImages
 
 
 def save(
@@ -32,13 +34,17 @@ def save(
     changes: Changes | None = None,
     start: Start | None = None,
     loss_scale: LossScale | None = None,
+    seen: SeenImages | None = None,
+    excluded: Sequence[dict] = (),
 ) -> None:
     """Write a checkpoint in the reference's layout, with what it lacks under `extra`.
 
-    Args: as of `restore`; changes: those of the run so far.
+    Args: as of `restore`; changes: those of the run so far; excluded: of `Trainer`.
     """
     made = changes.all() if changes else []
     weights = {"weights": start.record} if start and start.record else {}
+    images = {} if seen is None else {SEEN_IMAGES: seen.state()}
+    summary = {} if seen is None else {SEEN_IMAGES: seen.summary()}
     content = {
         "epoch": step // identity.steps_per_epoch,
         "arch": arch,
@@ -55,11 +61,13 @@ def save(
             "changes": made,
             **weights,
             **({"loss_scale": loss_scale.state()} if loss_scale is not None else {}),
+            "excluded": list(excluded),
+            **images,
         },
     }
     ckpt.save_checkpoint(
         path, content, step=step, config_digest=identity.config_digest,
-        code_digest=code_digest(), changes=made, **weights,
+        code_digest=code_digest(), changes=made, excluded=list(excluded), **weights, **summary,
     )  # fmt: skip
 
 
@@ -91,6 +99,7 @@ def restore(
     changes: Changes | None = None,
     start: Start | None = None,
     loss_scale: LossScale | None = None,
+    seen: SeenImages | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Load a checkpoint of ours or of the reference. Returns the number of finished steps.
@@ -100,6 +109,7 @@ def restore(
         changes: which keys may differ; receives those that do.
         start: receives what the run's encoders started from.
         loss_scale: receives the file's; one that begins is left where another run is continued.
+        seen: receives the images that the run has seen.
         say: receives a line for what differs and is allowed to.
     Raises: CheckpointError where names, shapes, configuration, data or world size differ.
     """
@@ -141,7 +151,12 @@ def restore(
     optimizer.load_state_dict(content["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-    return counted * (identity.steps_per_epoch if extra is None else 1)
+    step = counted * (identity.steps_per_epoch if extra is None else 1)
+    if seen is not None:
+        given = extra or {}
+        same = given.get("data_digest") == identity.data_digest
+        seen.restore(str(path), given.get(SEEN_IMAGES), step=step, same_images=same)
+    return step
 
 
 def versions() -> dict[str, str]:
@@ -197,8 +212,11 @@ def agree_on_step(step: int, output_dir: Path, device: torch.device) -> None:
         )
 
 
-def checkpoint_bytes(method: Method, optimizer: torch.optim.Optimizer) -> int:
+def checkpoint_bytes(
+    method: Method, optimizer: torch.optim.Optimizer, seen: SeenImages | None = None
+) -> int:
     """About how large a checkpoint is once the optimizer has its moments."""
     moments = 2 if "betas" in optimizer.defaults else 1
     trainable = [p for p in method.parameters() if p.requires_grad]
-    return ckpt.tensor_bytes(method.state_dict()) + moments * ckpt.tensor_bytes(trainable)
+    tensors = ckpt.tensor_bytes(method.state_dict()) + moments * ckpt.tensor_bytes(trainable)
+    return tensors + (0 if seen is None else seen.max_bytes)

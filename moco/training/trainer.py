@@ -37,6 +37,7 @@ from moco.training.progress import EpochRecord, Observer, StepRecord
 from moco.training.recipe import out_of_memory_remedy
 from moco.training.retention import Retention
 from moco.training.schedule import step_values
+from moco.training.seen_images import SeenImages
 from moco.training.shares import Shares
 from moco.training.step import train_step
 
@@ -51,6 +52,7 @@ class Trainer:
         resume_from: where `output_dir` holds no checkpoint, continue from this file.
         elastic: continue with another number of processes than the checkpoint's.
         allow_change: configuration keys, and "data", that may differ from the checkpoint's.
+        excluded: what was left out of the images, for the record (`moco.data.exclude`).
     Raises: ConfigError, CheckpointError before any image is read.
     """
 
@@ -65,11 +67,12 @@ class Trainer:
         resume_from: str | None = None,
         elastic: bool = False,
         allow_change: Sequence[str] = (),
+        excluded: Sequence[dict] = (),
         say: Callable[[str], None] = print,
     ):
         cfg = acceleration.resolve(cfg, process.device).cfg
         self.cfg, self.source, self.process, self.say = cfg, source, process, say
-        self.output_dir = output_dir
+        self.output_dir, self.excluded = output_dir, excluded
         check_batch(cfg, source, process.world_size)
         self.identity = state.RunIdentity.of(cfg, source, process.world_size)
         check_same_job(self.identity)
@@ -84,11 +87,12 @@ class Trainer:
         self.optimizer = build_optimizer(cfg, self.method)
         self.loss_scale = acceleration.build_loss_scale(cfg, process.device)
         self.first_step, self.changes = 0, pretraining_changes(allow_change)
+        self.seen = SeenImages(len(source), process)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
                 elastic=elastic, changes=self.changes, start=self.start,
-                loss_scale=self.loss_scale, say=say,
+                loss_scale=self.loss_scale, seen=self.seen, say=say,
             )  # fmt: skip
             say(f"continuing from {checkpoint} at step {self.first_step}/{self.total_steps}")
         self.changes.say_unused(say)
@@ -153,7 +157,7 @@ class Trainer:
         cfg = self.cfg
         loader = build_loader(
             cfg, self.source, self.process, first_step=self.first_step, last_step=self.total_steps,
-            output_dir=self.output_dir,
+            output_dir=self.output_dir, seen=self.seen,
         )  # fmt: skip
         shares = Shares(loader, self.process, replaces=cfg.DATA.MAX_BAD_FRACTION > 0)
         if self.first_step == 0:
@@ -217,6 +221,7 @@ class Trainer:
         """Save and evaluate after a whole epoch; before training only evaluate."""
         epoch, last = self.last_step // self.steps_per_epoch, self.last_step == self.total_steps
         self.guard.settle()
+        self.seen.gather(self.last_step)
         if epoch and self._is_saved(epoch):
             self._save(milestone=True)
         encoder = self.method.transfer_encoder()
@@ -234,7 +239,7 @@ class Trainer:
         self.retention.sweep()
         epochs = range(self.first_step // self.steps_per_epoch + 1, self.cfg.TRAIN.EPOCHS + 1)
         self.retention.check_space(
-            checkpoint_bytes=state.checkpoint_bytes(self.method, self.optimizer),
+            checkpoint_bytes=state.checkpoint_bytes(self.method, self.optimizer, self.seen),
             steps=[epoch * self.steps_per_epoch for epoch in epochs if self._is_saved(epoch)],
         )
 
@@ -248,6 +253,7 @@ class Trainer:
         check_ranks(self.method, self.optimizer, self.last_step, self.process.device)
         if self.last_step == self.total_steps:
             say_that_ranks_agree(self.method, self.say)
+        self.seen.gather(self.last_step)
         self.saved_step = self.last_step
         distributed.on_main(lambda: self._write(self.output_dir / f"{name}.pth.tar"))
 
@@ -255,6 +261,7 @@ class Trainer:
         state.save(
             path, method=self.method, optimizer=self.optimizer, step=self.last_step,
             arch=self.cfg.MODEL.ARCH, identity=self.identity, changes=self.changes,
-            start=self.start, loss_scale=self.loss_scale,
+            start=self.start, loss_scale=self.loss_scale, seen=self.seen,
+            excluded=self.excluded,
         )  # fmt: skip
         self.retention.prune(written=path)

@@ -65,6 +65,9 @@ ROWS = {
     "R22": ("2,000 steps", "memory, files and processes flat, all released at exit"),
     "R23": ("annotations, splits or flags of a detection run changed, its folder moved",
             "refused by name, or recorded and never averaged; a moved folder is the same"),
+    "R24": ("test images in the pretraining set, also re-encoded and resized; excluded; weights "
+            "without a record",
+            "each counted and no other; never trained on; unknown, with the reason"),
     "R25": ("a detector meets the same classes in another order, or others",
             "refused with both lists and the right order"),
     "R26": ("SIGTERM, SIGINT or kill -9 to demo, study, trials, launcher, SVMs, packing, benchmark",
