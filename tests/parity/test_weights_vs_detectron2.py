@@ -30,6 +30,7 @@ from detection.engines.embedded.solver import build_optimizer  # noqa: E402
 from detection.keymap import ResNetShape  # noqa: E402
 from detection.weights import load_backbone_weights  # noqa: E402
 from moco.errors import CheckpointError  # noqa: E402
+from moco.training.changes import Changes  # noqa: E402
 
 pytestmark = pytest.mark.detectron2
 assert detectron2_side.Res5ROIHeads  # that module registers the heads with the extra norm
@@ -249,7 +250,9 @@ def test_our_model_final_is_whole_for_detectron2(settings, tmp_path):
         for tensor in ours.state_dict().values():
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor))
-    run = SimpleNamespace(config_digest="x", seed=0, output_dir=tmp_path)
+    run = SimpleNamespace(
+        config_digest="x", seed=0, output_dir=tmp_path, identity=None, changes=Changes()
+    )
     save_state(run, tmp_path / FINAL_MODEL, ours, optimizer, iteration=9)
     theirs = build_theirs(their_cfg)
     report = load_theirs(theirs, tmp_path / FINAL_MODEL)
