@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         at_end.callback(lock.release)
         resolved = resolve(cfg, process.device)
         cfg = resolved.cfg
+        not_images = left_out_in_words(source)
         source, left_out = _leave_out(args, source, say)
         check_batch(cfg, source, process.world_size)
         say(
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
                 say=say,
             )
         say(
-            f"{len(source)} images of {source.root}{left_out_in_words(source)}; "
+            f"{len(source)} images of {source.root}{not_images}; "
             f"{process.world_size} process(es) on {process.device.type}"
         )
         evaluate, observers = build_knn_monitor(cfg, args.data, source, process, say), []

@@ -57,14 +57,19 @@ def exact_hash(data: bytes) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
-def thumbnail(image: np.ndarray | Image.Image) -> np.ndarray:
-    """uint8 [48, 48], grey, of an image: uint8 [H, W, 3] in OpenCV's order, or PIL's in RGB."""
+def thumbnail(image: np.ndarray | Image.Image | tuple[Image.Image, ...]) -> np.ndarray:
+    """uint8 [48, 48], grey, of an image: uint8 [H, W, 3] in OpenCV's order, or PIL's in RGB; of
+    one band, [H, W] or [H, W, 1], that band; of four the first three."""
     to_grey = cv2.COLOR_BGR2GRAY
+    if isinstance(image, tuple):  # bands apart, of `moco.data.channels`
+        image = image[0]
     if isinstance(image, Image.Image):
         image, to_grey = np.asarray(image), cv2.COLOR_RGB2GRAY
     # Not INTER_AREA, which looks at every pixel: that alone takes a tenth of decoding.
     small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(small, to_grey)
+    if small.ndim == 2 or small.shape[2] == 1:
+        return small.reshape(THUMBNAIL, THUMBNAIL)
+    return cv2.cvtColor(np.ascontiguousarray(small[..., :3]), to_grey)
 
 
 def thumbnail_on_device(image_CHW: torch.Tensor) -> np.ndarray:

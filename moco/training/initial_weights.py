@@ -21,6 +21,7 @@ from moco.cfgnode import CfgNode
 from moco.errors import CheckpointError
 from moco.methods import Method
 from moco.training.checkpoint import sha256_of
+from moco.training.image_record import ImageRecord, Unknown, record_of
 from moco.training.layouts import (
     COUNTER,
     HEAD,
@@ -53,21 +54,29 @@ class Record:
     layout: str
     taken: dict[str, int]
 
+
 @dataclass
 class Start:
-    """Where a run's encoders began: a `Record` as a dict, None where they began at random."""
+    """Where a run's encoders began.
+
+    Attributes:
+        record: a `Record` as a dict, None where they began at random.
+        images: on rank 0 of a run that begins, which images the file's weights have seen.
+    """
 
     record: dict | None = None
+    images: ImageRecord | Unknown | None = None
 
 
 @dataclass(frozen=True)
 class InitialWeights:
     """The tensors of a file under a method's names, which they fit in number and shape.
 
-    lines: what was taken, what was not and why.
+    images: which images they have seen. lines: what was taken, what was not and why.
     """
 
     record: Record
+    images: ImageRecord | Unknown
     tensors: dict[str, torch.Tensor] = field(repr=False)
     lines: tuple[str, ...]
 
@@ -92,7 +101,7 @@ def start_from_weights(cfg: CfgNode, method: Method, say: Callable[[str], None])
     def load() -> None:
         initial = read_initial_weights(cfg, method)
         initial.copy_to(method)
-        start.record = asdict(initial.record)
+        start.record, start.images = asdict(initial.record), initial.images
         for line in initial.lines:
             say(line)
 
@@ -144,7 +153,7 @@ def read_initial_weights(cfg: CfgNode, method: Method) -> InitialWeights:
     lines.append(f"{KEY}: {'; '.join(words)}; left out: {listed or 'nothing'}")
     lines += [f"{KEY}: {note}" for note in found.notes]
     record = Record(given, str(file), sha256_of(file), found.layout, counts)
-    return InitialWeights(record, tensors, tuple(lines))
+    return InitialWeights(record, record_of(file, content), tensors, tuple(lines))
 
 
 def is_record(value: object) -> bool:

@@ -88,6 +88,8 @@ class Trainer:
         self.loss_scale = acceleration.build_loss_scale(cfg, process.device)
         self.first_step, self.changes = 0, pretraining_changes(allow_change)
         self.seen = SeenImages(len(source), process)
+        if self.start.images is not None:
+            self.seen.begin_with(self.start.images)
         if checkpoint is not None:
             self.first_step = state.restore(
                 checkpoint, method=self.method, optimizer=self.optimizer, identity=self.identity,
