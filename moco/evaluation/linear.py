@@ -157,6 +157,8 @@ class LinearTrainer:
                 optimizer=self.optimizer,
                 identity=self.identity,
             )
+            for group in self.optimizer.param_groups:  # not of the device that saved it
+                group["fused"] = self.optimizer.defaults["fused"]
             say(f"continuing from {checkpoint} at step {self.progress.step}/{self.total_steps}")
         self.stream.first_step, self.stream.last_step = self.progress.step, self.total_steps
 
