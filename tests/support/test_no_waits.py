@@ -95,6 +95,7 @@ def detector_outcomes(tmp_path_factory):
     return {outcome.name: outcome for outcome in detector_runs.all_runs(folder)}
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", OF_MASKS)
 def test_the_detector_waits_only_where_its_work_depends_on_it(detector_outcomes, kind):
     of_masks = OF_MASKS[kind]

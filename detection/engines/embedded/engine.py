@@ -73,6 +73,8 @@ class EmbeddedEngine:
     def train(self, run: Run) -> None:
         cfg, process = run.cfg, run.process
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        # torch's own, and so Detectron2's; pretraining in the same process has its own.
+        torch.backends.cudnn.allow_tf32 = True
         randomness = build_randomness(run)
         randomness.seed_model()
         model = build_model(cfg)
@@ -120,6 +122,7 @@ class EmbeddedEngine:
     @staticmethod
     def _trained(run: Run) -> GeneralizedRCNN:
         """The detector of the run, or of MODEL.WEIGHTS with `run.eval_only`, in eval mode."""
+        torch.backends.cudnn.allow_tf32 = True
         model = build_model(run.cfg)
         if run.eval_only:
             load_initial_weights(model, run.cfg, eval_only=True)
