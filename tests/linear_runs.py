@@ -11,7 +11,8 @@ from parity.moco_sides import named_state
 from moco.cfgnode import CfgNode
 from moco.distributed import ProcessInfo, tensors_digest
 from moco.evaluation.config import load_linear_config
-from moco.evaluation.linear import LinearTrainer, choose_labels
+from moco.evaluation.linear import LinearTrainer
+from moco.evaluation.linear_data import choose_labels
 from moco.evaluation.splits import find_splits
 from moco.evaluation.weights import read_pretrained
 from moco.models.backbone import build_backbone

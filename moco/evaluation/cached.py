@@ -27,7 +27,8 @@ from moco.evaluation.classifier import Scores, count_correct, new_classifier
 from moco.evaluation.config import DIGEST_EXCLUDE
 from moco.evaluation.feature_store import FeatureStore
 from moco.evaluation.features import RateLines, encoder_function
-from moco.evaluation.linear import choose_labels, learning_rate, pixel_statistics
+from moco.evaluation.linear import learning_rate
+from moco.evaluation.linear_data import choose_labels, pixel_statistics
 from moco.evaluation.linear_results import labels_in_words
 from moco.evaluation.results import (
     describe_data,

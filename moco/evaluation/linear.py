@@ -18,16 +18,10 @@ from moco.data.augment import normalize
 from moco.data.images import ImageSource
 from moco.data.labelled import LabelledStream, build_labelled_loader, classification_recipe
 from moco.data.loader import build_eval_loader
-from moco.data.subset import SubsetSource, indices_from_list, stratified_indices
+from moco.data.subset import SubsetSource
 from moco.devices import out_of_memory_as_error, set_arithmetic
 from moco.distributed import ProcessInfo
-from moco.errors import (
-    CheckpointError,
-    ConfigError,
-    MocoError,
-    NonFiniteError,
-    dead_worker_as_data_error,
-)
+from moco.errors import CheckpointError, MocoError, NonFiniteError, dead_worker_as_data_error
 from moco.evaluation import linear_results, linear_state
 from moco.evaluation.classifier import (
     Classifier,
@@ -36,6 +30,7 @@ from moco.evaluation.classifier import (
     new_classifier,
     score,
 )
+from moco.evaluation.linear_data import choose_labels, pixel_statistics
 from moco.evaluation.linear_state import LinearIdentity
 from moco.evaluation.results import RESULTS_FILE
 from moco.evaluation.splits import find_splits, splits_in_words
@@ -67,33 +62,6 @@ def learning_rate(base: float, epoch: int, train: CfgNode) -> float:
     for milestone in train.MILESTONES:
         base *= train.DECAY if epoch >= milestone else 1.0
     return base
-
-
-def pixel_statistics(cfg: CfgNode, weights: Pretrained) -> tuple[tuple, tuple]:
-    """Mean and std of the images: the configuration's, else the weights', else ImageNet's.
-
-    Raises: ConfigError where they are not of the channels that the weights are for.
-    """
-    given = tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD)
-    pixels = given if all(given) else weights.pixel_statistics()
-    mean, std = (own or other for own, other in zip(given, pixels, strict=True))
-    for key, values in (("DATA.MEAN", mean), ("DATA.STD", std)):
-        if len(values) != weights.channels:
-            raise ConfigError(
-                f"{key} is {values}; {weights.path} is for images of {weights.channels} channels; "
-                "give as many numbers, or ()"
-            )
-    return mean, std
-
-
-def choose_labels(train: ImageSource, data: CfgNode) -> ImageSource | SubsetSource:
-    """The training images that DATA.LABELS_FRACTION or DATA.LABELS_LIST leaves."""
-    if data.LABELS_LIST:
-        return SubsetSource(train, indices_from_list(train, data.LABELS_LIST))
-    if data.LABELS_FRACTION < 1:
-        chosen = stratified_indices(train.labels, data.LABELS_FRACTION, data.LABELS_SEED)
-        return SubsetSource(train, chosen)
-    return train
 
 
 class LinearTrainer:
