@@ -194,7 +194,6 @@ def _read_resnet(state: Mapping[str, torch.Tensor], where: str) -> ResNet:
             f"{', '.join(map(str, DEPTHS))}"
         )
     stem = state["conv1.weight"].shape
-    _check_channels(stem, "conv1.weight", where)
     if stem[-1] not in _STEMS:
         raise CheckpointError(
             f"{where}: 'conv1.weight' has shape {tuple(stem)}; allowed: 7x7, or 3x3 (CIFAR stem)"

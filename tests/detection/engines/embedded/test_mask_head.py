@@ -191,7 +191,7 @@ def test_the_mask_head_improves_its_loss_on_one_batch(tiny_cfg, mask_batch):
     model = build_model(tiny_cfg(**MASKS))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     history = []
-    for _ in range(12):
+    for _ in range(20):  # processors round differently: after 12 some are above the bound
         torch.manual_seed(1)
         loss = model(mask_batch)["loss_mask"]
         optimizer.zero_grad()
