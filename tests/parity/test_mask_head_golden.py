@@ -55,7 +55,9 @@ def test_negative_control_targets_without_the_least_side(golden, monkeypatch):
 
 def test_negative_control_another_threshold(golden, monkeypatch):
     paste = mask_head.paste_mask
-    monkeypatch.setattr(mask_head, "paste_mask", lambda *args: paste(*args, threshold=0.4))
+    monkeypatch.setattr(
+        mask_head, "paste_mask", lambda *args, **kw: paste(*args, **kw, threshold=0.4)
+    )
     assert differing(mask_golden.embedded(), golden) == ["rle_counts"]
 
 
