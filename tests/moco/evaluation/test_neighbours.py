@@ -12,7 +12,7 @@ import torch
 
 from moco.evaluation import neighbours
 from moco.evaluation.knn import sweep
-from moco.evaluation.neighbours import NeighbourSearch, memory_plan, stable_topk
+from moco.evaluation.neighbours import NeighbourSearch, _topk_of_keys, memory_plan, stable_topk
 
 ROOT = Path(__file__).parents[3]
 CORNERS = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [-1, 1, 1, -1]]) / 2
@@ -167,3 +167,17 @@ def test_the_measured_peak_is_the_plans_not_the_training_sets():
     measured, planned, whole = map(int, done.stdout.split())
     assert planned < whole / 10
     assert planned / 4 < measured < planned + 30 * 2**20 < whole / 3
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 40])
+def test_the_search_of_other_devices_gives_the_same_of_equal_values(k):
+    """By keys that order value and then column; shown where both can run."""
+    generator = torch.Generator().manual_seed(k)
+    tied = torch.randint(-3, 4, (20, 40), generator=generator) / 4.0
+    tied[0, ::2], tied[0, 1::2] = 0.0, -0.0
+    tied[1] = -torch.inf
+    for values in (tied, torch.randn(20, 40, generator=generator)):
+        expected, found = stable_topk(values, k), _topk_of_keys(values, k)
+        assert all(map(torch.equal, expected, found))
+    if k == 10:  # control: torch's own choice of equal values is another
+        assert not torch.equal(tied.topk(k, dim=1).indices, stable_topk(tied, k)[1])
