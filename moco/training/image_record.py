@@ -58,7 +58,8 @@ def record_in(content: object, where: str) -> ImageRecord | Unknown:
         written = "an older version of this project wrote it" if isinstance(extra, Mapping) else (
             "it is not a checkpoint of tools/pretrain.py"
         )
-        return Unknown(f"{where} has no record of its images: {written}")
+        # The name alone: a report that carries it on goes to other machines.
+        return Unknown(f"{Path(where).name} has no record of its images: {written}")
     rows, lacks = checked_rows(found, "rows", where), found.get("lacks")
     earlier = checked_rows(found, "earlier", where)
     if not isinstance(lacks, str):
