@@ -109,11 +109,14 @@ def digest(
     given = flatten(tree)
     unused = [dotted for dotted, value in (added_later or {}).items() if given[dotted] == value]
     for dotted in [*exclude, *unused]:
-        node = tree
         *parents, last = dotted.split(".")
+        nodes = [tree]
         for part in parents:
-            node = node[part]
-        del node[last]
+            nodes.append(nodes[-1][part])
+        del nodes[-1][last]
+        for node, part in zip(nodes[-2::-1], parents[::-1], strict=True):
+            if not node[part]:  # a section that came later with its keys
+                del node[part]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
