@@ -101,6 +101,15 @@ def test_no_more_at_once_than_slots_and_each_in_its_own():
     assert max(most) == 2 and order == list(range(5)) and not taken
 
 
+@pytest.fixture
+def with_a_terminal():
+    """SIGHUP as in a shell, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("with_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on_once_and_the_saves_are_waited_for(tmp_path, number):
     ready, ends, begun, said = [], [], [], []
