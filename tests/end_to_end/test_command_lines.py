@@ -192,13 +192,12 @@ def test_wrong_pretraining_inputs_are_one_line(image_folder, tmp_path, what):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_converter_refuses_another_architecture(image_folder, tmp_path):
+def test_the_converter_refuses_another_stem(image_folder, tmp_path):
     done = run("tools/pretrain.py", *pretrain_arguments(
-        image_folder, tmp_path / "run", TRAIN__EPOCHS=1, MODEL__STEM="imagenet",
-        DATA__SIZE=32))  # fmt: skip
+        image_folder, tmp_path / "run", TRAIN__EPOCHS=1, MODEL__STEM="cifar"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     done = run("tools/convert_to_d2.py", tmp_path / "run", tmp_path / "out.pth")
-    assert_one_line(done, "resnet18", "resnet50")
+    assert_one_line(done, "CIFAR stem", "7x7")
     assert not (tmp_path / "out.pth").exists()
 
 
