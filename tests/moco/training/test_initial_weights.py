@@ -8,6 +8,7 @@ import foreign_files
 import pytest
 import tiny
 import torch
+from PIL import Image
 from processes import in_processes
 from scripts import load_tool
 
@@ -17,6 +18,7 @@ from moco.errors import CheckpointError, ConfigError
 from moco.models.backbone import build_backbone
 from moco.training import checkpoint as ckpt
 from moco.training.changes import pretraining_changes
+from moco.training.image_record import record_in
 from moco.training.trainer import Trainer
 
 LAST = "checkpoint_0002.pth.tar"
@@ -241,3 +243,23 @@ def test_two_processes_start_alike(image_folder, tmp_path, torchvisions):
         assert torch.equal(of_rank["ended"], found[0]["ended"])
     record = ckpt.read_torch_file(tmp_path / "run" / "checkpoint_0000.pth.tar")["extra"]["weights"]
     assert record["file"] == str(file)
+
+
+def test_the_images_that_the_weights_have_seen_are_taken_over(image_folder, tmp_path, torchvisions):
+    """So a test image among them is found in what this run is converted to."""
+    trainer(image_folder, tmp_path / "a", TRAIN__EPOCHS=1).train()
+    shutil.copytree(image_folder / "train", tmp_path / "others")
+    for number, file in enumerate(sorted((tmp_path / "others").rglob("*.png"))):
+        Image.new("RGB", (24, 24), (number, 2 * number, 255 - number)).save(file)
+    changes = {"MODEL__WEIGHTS": tmp_path / "a", "TRAIN__EPOCHS": 1}
+    for resume in (False, True):
+        run = trainer(tmp_path / "others", tmp_path / "b", resume=resume, **changes)
+        run.train()
+    path = tmp_path / "b" / "checkpoint_0000.pth.tar"
+    record = record_in(ckpt.read_torch_file(path), str(path))
+    assert len(record.rows) == 64 and record.lacks == ""
+    changes["MODEL__WEIGHTS"] = torchvisions[0]
+    trainer(tmp_path / "others", tmp_path / "c", **changes).train()
+    path = tmp_path / "c" / "checkpoint_0000.pth.tar"
+    record = record_in(ckpt.read_torch_file(path), str(path))
+    assert len(record.rows) == 32 and "those of the weights it began with are unk" in record.lacks
