@@ -58,6 +58,8 @@ def differing(a, b, where: str = "") -> list[str]:
             return [f"{where} keys"]
         return [d for k in a for d in differing(a[k], b[k], f"{where}.{k}")]
     if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [f"{where} length"]
         pairs = enumerate(zip(a, b, strict=True))
         return [d for i, (x, y) in pairs for d in differing(x, y, f"{where}.{i}")]
     same = torch.equal(a, b) if torch.is_tensor(a) else np.array_equal(a, b)
